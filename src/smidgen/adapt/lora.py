@@ -1,0 +1,81 @@
+"""LoRA: a frozen weight W plus a tuned product B A of two thin matrices. The implementation is PEFT's.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv 2106.09685): W + (alpha / r) B A with
+B = 0 at the start. Defaults r = 8, alpha = 16 on the query and value projections are those of the zeroth-order papers.
+Bytes: r (m + n) weights for an m x n matrix, in float32. Saved in PEFT's own format.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from smidgen.adapt._adapted import SchemeConfig
+from smidgen.config import ConfigError, notice
+from smidgen.params import ParamView
+
+status = "experimental"
+
+EXPORTS = {
+    "adapter": "PEFT's adapter_model.safetensors and adapter_config.json",
+    "peft-lora": "the same as adapter",
+    "merged": "the whole model with the product added in, for stock transformers",
+}
+
+
+class Config(SchemeConfig):
+    """Options of LoRA."""
+
+    r: int = Field(8, ge=1, description="rank")
+    alpha: float = Field(16.0, gt=0, description="scale: the product is multiplied by alpha / r")
+    target_modules: list[str] | str | None = Field(
+        None, description="modules that get an adapter; PEFT's choice for the model type, else all linear layers"
+    )
+
+
+class LoRA:
+    """A model with LoRA adapters; a new classification head is tuned whole beside them."""
+
+    def __init__(self, model: nn.Module, config: Config, seed: int, fresh: Sequence[str]):
+        import peft
+
+        heads = sorted({name.partition(".")[0] for name in fresh})
+        options: dict[str, Any] = {"r": config.r, "lora_alpha": config.alpha, "lora_dropout": 0.0}
+        if heads:
+            options["modules_to_save"] = heads
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                self.model = peft.get_peft_model(model, peft.LoraConfig(target_modules=config.target_modules, **options))  # type: ignore[arg-type]
+            except ValueError as error:
+                if config.target_modules is not None:
+                    raise ConfigError(f"scheme_args.target_modules: {error}") from None
+                notice("PEFT names no LoRA targets for this model type: adapting all linear layers")
+                self.model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **options))  # type: ignore[arg-type]
+        self.view = ParamView.of_model(self.model)
+        self.fresh = list(self.view.entries)
+
+    def save(self, folder: Path) -> None:
+        """PEFT's adapter files."""
+        self.model.save_pretrained(str(folder))  # type: ignore[operator]
+
+    def load(self, folder: Path) -> None:
+        """Read adapter files into the tuned tensors."""
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"))
+
+    def merged(self) -> nn.Module:
+        """A copy of the base model with the product merged in; costs one copy of the model."""
+        return copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
+
+
+def build(model: nn.Module, config: Config, *, seed: int = 0, fresh: Sequence[str] = ()) -> LoRA:
+    """Freeze `model` and add adapters; A is drawn from `seed` without touching the global RNG."""
+    return LoRA(model, config, seed, fresh)

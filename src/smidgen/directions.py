@@ -1,0 +1,115 @@
+"""Directions: displacement fields z that are regenerated from an address whenever they are needed.
+
+A `Probe` is a sum of scaled directions; `()` is theta itself. Dense directions are the general case and the definition
+that all structured ones are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from smidgen import noise
+
+Distribution = Literal["rademacher", "gaussian"]
+
+
+class Direction(Protocol):
+    """A displacement field z over the tuned tensors, a pure function of its address."""
+
+    @property
+    def support(self) -> frozenset[str] | None:
+        """Names of the tensors where z is not zero; None means all."""
+
+    def displaced(self, name: str, weight: Tensor, scale: float, out: Tensor, *, first: int = 0) -> None:
+        """out <- weight + scale * z[name], rounded to nearest in out's dtype; both are the rows from `first` on."""
+
+    def displaced_rows(self, name: str, weight: Tensor, rows: Tensor, scale: float, out: Tensor) -> None:
+        """out[i] <- weight[rows[i]] + scale * z[name][rows[i]]; weight [V, D], rows int64 [n], out [n, D]."""
+
+    def accumulate(self, name: str, rows: slice, out32: Tensor, scale: float) -> None:
+        """out32 += scale * z[name][rows], float32 [rows, D]; 1-D tensors are columns of width 1."""
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(A, B) with z[name] = A @ B.T, or None when z[name] is dense."""
+
+
+Probe = Sequence[tuple[Direction, float]]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Independent entries for every weight: element i of tensor `name` is noise at (seed, step, query, id, i).
+
+    Cost: no state; regenerating z costs one pass of the generator over the tensor.
+    """
+
+    seed: int
+    step: int
+    query: int
+    ids: Mapping[str, int]  # noise id of each tensor
+    distribution: Distribution = "rademacher"
+    support: frozenset[str] | None = None
+    purpose: int = noise.PROBE
+
+    def address(self, name: str) -> noise.Address:
+        """Where the noise of one tensor lives."""
+        return noise.Address(self.seed, self.ids[name], self.step, self.query, self.purpose)
+
+    def displaced(self, name: str, weight: Tensor, scale: float, out: Tensor, *, first: int = 0) -> None:
+        noise.displace_(out, weight, [(self.address(name), scale)], self.distribution, start=first * width(weight))
+
+    def displaced_rows(self, name: str, weight: Tensor, rows: Tensor, scale: float, out: Tensor) -> None:
+        noise.displace_rows_(out, weight, rows, [(self.address(name), scale)], self.distribution)
+
+    def accumulate(self, name: str, rows: slice, out32: Tensor, scale: float) -> None:
+        noise.accumulate_(out32, [(self.address(name), scale)], self.distribution, start=rows.start * width(out32))
+
+    def factors(self, name: str) -> None:
+        return None
+
+
+def width(tensor: Tensor) -> int:
+    """Elements in one row (index of the first axis) of a tensor; 1 for vectors and scalars."""
+    return tensor.numel() // tensor.shape[0] if tensor.ndim else 1
+
+
+def restrict(probe: Probe, name: str) -> list[tuple[Direction, float]]:
+    """The terms of a probe that displace one tensor."""
+    return [(z, s) for z, s in probe if z.support is None or name in z.support]
+
+
+def displace(probe: Probe, name: str, weight: Tensor, out: Tensor, *, first: int = 0) -> None:
+    """out <- weight + sum(scale * z[name]), one rounding to nearest in out's dtype.
+
+    `weight` and `out` are equal-shaped blocks of rows that start at row `first` of the tensor. A sum of several
+    directions goes through a float32 workspace of the block's size.
+    """
+    terms = restrict(probe, name)
+    if len(terms) == 1:
+        z, s = terms[0]
+        z.displaced(name, weight, s, out, first=first)
+        return
+    value32 = weight.to(torch.float32, copy=True)
+    rows = slice(first, first + (weight.shape[0] if weight.ndim else 1))
+    for z, s in terms:
+        z.accumulate(name, rows, value32, s)
+    out.copy_(value32)
+
+
+def displace_rows(probe: Probe, name: str, weight: Tensor, rows: Tensor, out: Tensor) -> None:
+    """out[i] <- weight[rows[i]] + sum(scale * z[name][rows[i]]); weight [V, D], rows int64 [n], out [n, D]."""
+    terms = restrict(probe, name)
+    if len(terms) == 1:
+        z, s = terms[0]
+        z.displaced_rows(name, weight, rows, s, out)
+        return
+    value32 = weight[rows].float()
+    for i, row in enumerate(rows.tolist()):
+        for z, s in terms:
+            z.accumulate(name, slice(row, row + 1), value32[i : i + 1], s)
+    out.copy_(value32)

@@ -1,0 +1,143 @@
+"""Losses that never build the batch x length x vocabulary tensor.
+
+The trunk of the model runs as it is; its output head is applied here, only at positions that carry a label, in blocks
+of the vocabulary with a running log-sum-exp. Logits are float32 before they enter a softmax. Each function returns
+one negative log-likelihood (nats) per label together with the row of the batch that it belongs to; reduction is the
+objective's business.
+
+Does not do: label smoothing, z-loss, sampled softmax.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+Kind = Literal["causal", "masked", "seq2seq", "classification"]
+
+IGNORE = -100  # the label of a position without loss, as in transformers
+
+BLOCK_ELEMENTS = 1 << 22  # elements of one vocabulary block of the head: 16 MB in float32; measured, see docs/decisions.md
+BLOCK_POSITIONS = 4096  # label positions per block of logits
+_CHECKPOINT_LOGITS = 1 << 24  # logits (64 MB in float32) above which the backward pass recomputes them; chosen
+
+
+class Losses(NamedTuple):
+    """Negative log-likelihoods of one micro-batch."""
+
+    nll: Tensor  # [n] float32, nats
+    rows: Tensor  # [n] int64, row in the micro-batch
+    size: int  # rows of the micro-batch
+
+
+class Targets(NamedTuple):
+    """Where a batch has labels, in the coordinates of the hidden states."""
+
+    keep: Tensor  # [B, T] bool: positions whose hidden state predicts a label
+    tokens: Tensor  # [n] int64: the labels, row-major
+    rows: Tensor  # [n] int64
+
+
+class Head(Protocol):
+    """An output embedding as seen at theta + probe."""
+
+    rows: int  # vocabulary size
+    width: int  # hidden size
+
+    def block(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Weight rows [first:stop] and their bias; valid until the next call."""
+
+    def gather(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight rows of some tokens and their bias."""
+
+
+class PlainHead:
+    """A head whose weight is read as it stands (differentiable)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight, bias
+        self.rows, self.width = weight.shape
+
+    def block(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        return self.weight[first:stop], None if self.bias is None else self.bias[first:stop]
+
+    def gather(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.weight[ids], None if self.bias is None else self.bias[ids]
+
+
+def targets(labels: Tensor, kind: Kind) -> Targets:
+    """Positions and tokens that carry loss. Causal labels are shifted: position t predicts the label at t + 1."""
+    keep = labels != IGNORE
+    if kind == "causal":
+        keep = torch.cat([keep[:, 1:], torch.zeros_like(keep[:, :1])], dim=1)
+        shifted = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)
+        return Targets(keep, shifted[keep], keep.nonzero()[:, 0])
+    return Targets(keep, labels[keep], keep.nonzero()[:, 0])
+
+
+def head_nll(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
+    """-log softmax(hidden @ W.T + b)[tokens], without gradient. hidden [n, H], tokens [n] -> [n] float32.
+
+    Vocabulary blocks are the outer loop, so that a displaced weight is generated once; positions the inner one. Peak:
+    one block of the weight and one block of logits.
+    """
+    n = hidden.shape[0]
+    high = torch.full((n,), -torch.inf, device=hidden.device)
+    total = torch.zeros(n, device=hidden.device)
+    picked = torch.zeros(n, device=hidden.device)
+    size = max(1, BLOCK_ELEMENTS // head.width)
+    for first in range(0, head.rows, size):
+        stop = min(first + size, head.rows)
+        weight, bias = head.block(first, stop)
+        for lo in range(0, n, BLOCK_POSITIONS):
+            at = slice(lo, lo + BLOCK_POSITIONS)
+            logits = F.linear(hidden[at], weight, bias).float()
+            index = tokens[at] - first
+            inside = (index >= 0) & (index < stop - first)
+            value = logits.gather(1, index.clamp(0, stop - first - 1)[:, None])[:, 0]
+            picked[at] = torch.where(inside, value, picked[at])
+            top = torch.maximum(high[at], logits.amax(1))
+            total[at] = total[at] * (high[at] - top).exp() + logits.sub_(top[:, None]).exp_().sum(1)
+            high[at] = top
+    return high + total.log() - picked
+
+
+def head_nll_differentiable(hidden: Tensor, tokens: Tensor, head: PlainHead) -> Tensor:
+    """The same value with gradients; logits are recomputed in the backward pass where they would be large."""
+
+    def nll(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight, bias).float(), y, reduction="none")
+
+    n = hidden.shape[0]
+    size = max(1, _CHECKPOINT_LOGITS // head.rows)
+    if n <= size:
+        return nll(hidden, tokens, head.weight, head.bias)
+    parts = [
+        checkpoint(nll, hidden[i : i + size], tokens[i : i + size], head.weight, head.bias, use_reentrant=False)
+        for i in range(0, n, size)
+    ]
+    return torch.cat(parts)
+
+
+def choice_logits(hidden: Tensor, choices: Tensor, head: Head) -> Tensor:
+    """Logits of a few tokens only. hidden [n, H], choices [C] token ids -> [n, C] float32."""
+    weight, bias = head.gather(choices)
+    return F.linear(hidden, weight, bias).float()
+
+
+def choice_index(tokens: Tensor, choices: Tensor) -> Tensor:
+    """Index in `choices` of each label token. Raises ValueError where a label is not among the choices."""
+    match = tokens[:, None] == choices[None, :]
+    if not bool(match.any(1).all()):
+        missing = tokens[~match.any(1)][0].item()
+        raise ValueError(f"label token {missing} is not among the choices {choices.tolist()}")
+    return match.int().argmax(1)
+
+
+def logits_nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log-likelihood from logits [n, V] that the model computed itself."""
+    return F.cross_entropy(logits.float(), tokens, reduction="none")

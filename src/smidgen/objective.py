@@ -1,0 +1,282 @@
+"""Objectives: what an optimizer may ask about one step's data, and the wrappers that record and replay the answers.
+
+An objective reduces (float64 loss sum, weight) pairs over micro-batches, and over ranks, in a fixed order and divides
+once, so that a ragged accumulated batch equals the whole batch. Weight = label tokens, or rows for classification.
+
+- `ModelObjective`: a model and its micro-batches, through a probing engine;
+- `ClosureObjective`: any zero-argument function, evaluated in place with a saved copy of the tuned tensors;
+- `Recorded`: passes questions on and keeps the numbers; `Replayed`: answers from recorded numbers, without a model;
+- `Reduced`: data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.directions import Probe, displace, restrict
+from smidgen.params import ParamView
+from smidgen.probing import Batch, Engine
+
+
+class Objective(Protocol):
+    """One optimisation step's data."""
+
+    key: Hashable  # identifies its rows
+
+    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
+        """float64 [P], or [P, N] per example in global row order; theta unchanged, bit for bit."""
+
+    def backward(self, names: Iterable[str] | None = None) -> float:
+        """Loss; gradients into `.grad`, only for these names (all tuned tensors when None)."""
+
+
+Sums = tuple[Tensor, Tensor]  # float64 loss sums and weights, [P] or [P, N]
+
+
+class ModelObjective:
+    """Mean loss of a model over micro-batches. Cost of P probes: P forwards a micro-batch."""
+
+    def __init__(self, engine: Engine, batches: Sequence[Batch], key: Hashable = None):
+        self.engine, self.batches, self.key = engine, batches, key
+
+    def sums(self, probes: Sequence[Probe], *, each: bool = False) -> Sums:
+        """Loss sums and weights before division: what ranks exchange."""
+        totals, weights = [], []
+        for probe in probes:
+            parts = [self._part(batch, probe, each) for batch in self.batches]
+            if each:
+                totals.append(torch.cat([t for t, _ in parts]))
+                weights.append(torch.cat([w for _, w in parts]))
+            else:
+                totals.append(torch.stack([t for t, _ in parts]).sum(0))
+                weights.append(torch.stack([w for _, w in parts]).sum(0))
+        return torch.stack(totals), torch.stack(weights)
+
+    def _part(self, batch: Batch, probe: Probe, each: bool) -> Sums:
+        nll, rows, size = self.engine.losses(batch, probe)
+        nll = nll.double().cpu()
+        if not each:
+            return nll.sum(), torch.tensor(float(nll.numel()), dtype=torch.float64)
+        rows = rows.cpu()
+        zero = torch.zeros(size, dtype=torch.float64)
+        return zero.index_add(0, rows, nll), zero.index_add(0, rows, torch.ones_like(nll))
+
+    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
+        total, weight = self.sums(probes, each=each)
+        return total / weight
+
+    def backward(self, names: Iterable[str] | None = None) -> float:
+        view, model = self.engine.view, self.engine.model
+        chosen = None if names is None else set(names)
+        frozen = [e.tensor for e in view if chosen is not None and e.name not in chosen and e.tensor.requires_grad]
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+        mode = model.training
+        model.train()
+        try:
+            weight = sum(int(_labels(batch, self.engine)) for batch in self.batches)
+            total = 0.0
+            for batch in self.batches:
+                loss = self.engine.differentiable(batch).nll.sum()
+                (loss / weight).backward()
+                total += loss.detach().double().item()
+        finally:
+            model.train(mode)
+            for tensor in frozen:
+                tensor.requires_grad_(True)
+        return total / weight
+
+
+def _labels(batch: Batch, engine: Engine) -> int:
+    """Number of labels that carry loss in a batch."""
+    from smidgen.loss import targets
+
+    labels = batch["labels"]
+    return labels.shape[0] if engine.kind == "classification" else targets(labels, engine.kind).tokens.numel()
+
+
+class CalledObjective:
+    """A trainer's own loss function over micro-batches, each called unchanged; promises no memory beyond its own.
+
+    `loss(batch)` returns a scalar. `scaled` says that it has divided by the weight of all micro-batches already (as
+    transformers does when it knows the number of items); otherwise the mean of each micro-batch is weighted by its
+    label tokens (or rows).
+    """
+
+    def __init__(
+        self, engine: Engine, batches: Sequence[Batch], loss: Callable[[Batch], Tensor], *, scaled: bool, key: Hashable = None
+    ):
+        self.engine, self.batches, self.loss, self.scaled, self.key = engine, batches, loss, scaled, key
+
+    def sums(self, probes: Sequence[Probe], *, each: bool = False) -> Sums:
+        """Loss sums and weights before division."""
+        if each:
+            raise ValueError("a trainer's own loss has no per-example values; use smidgen's loss for this method")
+        totals = torch.zeros(len(probes), dtype=torch.float64)
+        weights = torch.zeros(len(probes), dtype=torch.float64)
+        for p, probe in enumerate(probes):
+            for batch in self.batches:
+                value = self.engine.call(lambda batch=batch: self.loss(batch), probe).double().cpu().item()
+                weight = float(_items(batch)) if not self.scaled else 1.0 / len(self.batches)
+                totals[p] += value * weight if not self.scaled else value
+                weights[p] += weight
+        return totals, weights
+
+    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
+        total, weight = self.sums(probes, each=each)
+        return total / weight
+
+    def backward(self, names: Iterable[str] | None = None) -> float:
+        raise ValueError("use the trainer itself for methods with back-propagation")
+
+
+def _items(batch: Batch) -> int:
+    labels = batch["labels"]
+    return int((labels[:, 1:] != -100).sum()) if labels.ndim == 2 else labels.shape[0]
+
+
+class ClosureObjective:
+    """Any zero-argument loss function of the tuned tensors. Probes are written in place and undone from a saved copy.
+
+    Memory: one copy of the tuned tensors while it evaluates. `backward` calls the closure under autograd.
+    """
+
+    key = None
+
+    def __init__(self, closure: Callable[[], Tensor | float], view: ParamView):
+        self.closure, self.view = closure, view
+
+    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
+        if each:
+            raise ValueError("a closure has no per-example losses; give the optimizer an Objective")
+        values = torch.empty(len(probes), dtype=torch.float64)
+        saved = {e.name: e.storage.clone() for e in self.view}
+        try:
+            for p, probe in enumerate(probes):
+                for entry in self.view:
+                    if restrict(probe, entry.name):
+                        displace(probe, entry.name, saved[entry.name].contiguous(), entry.storage)
+                with torch.no_grad():
+                    values[p] = float(self.closure())
+                for entry in self.view:
+                    if restrict(probe, entry.name):
+                        entry.storage.copy_(saved[entry.name])
+        finally:
+            for entry in self.view:
+                entry.storage.copy_(saved[entry.name])
+        return values
+
+    def backward(self, names: Iterable[str] | None = None) -> float:
+        loss = self.closure()
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise ValueError("the closure must return a loss with an autograd graph for this method")
+        wanted = [self.view[n].tensor for n in (self.view.entries if names is None else names)]
+        loss.backward(inputs=wanted)
+        return loss.item()
+
+
+class Recorded:
+    """Passes every question on and keeps the floats of the answers, in order: one step's part of the transcript."""
+
+    def __init__(self, inner: Objective):
+        self.inner, self.key = inner, inner.key
+        self.values: list[float] = []
+
+    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
+        answer = self.inner.losses(probes, each=each)
+        self.values.extend(answer.flatten().tolist())
+        return answer
+
+    def backward(self, names: Iterable[str] | None = None) -> float:
+        loss = self.inner.backward(names)
+        self.values.append(loss)
+        return loss
+
+
+class Replayed:
+    """Answers from a transcript. No model, no forward pass. Raises ValueError when the questions do not fit it."""
+
+    key = None
+
+    def __init__(self, values: Sequence[float]):
+        self.values, self._next = values, 0
+
+    def _take(self, count: int) -> Sequence[float]:
+        taken = self.values[self._next : self._next + count]
+        if len(taken) < count:
+            raise ValueError(
+                f"the record holds {len(self.values)} numbers and the method asks for more: "
+                "the journal was written with other settings"
+            )
+        self._next += count
+        return taken
+
+    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
+        if each:
+            count = (len(self.values) - self._next) // max(1, len(probes)) * len(probes)
+            return torch.tensor(self._take(count), dtype=torch.float64).view(len(probes), -1)
+        return torch.tensor(self._take(len(probes)), dtype=torch.float64)
+
+    def backward(self, names: Iterable[str] | None = None) -> float:
+        raise ValueError("a method that uses back-propagation cannot be replayed; resume it from a checkpoint")
+
+    def done(self) -> bool:
+        """Whether every recorded number was used."""
+        return self._next == len(self.values)
+
+
+class Reduced:
+    """Data-parallel ranks: each holds its own rows; only loss sums and weights travel, as float64.
+
+    Sums are gathered and added in rank order on every rank, so all ranks get the same bits.
+    """
+
+    def __init__(self, inner: ModelObjective | CalledObjective):
+        self.inner, self.key = inner, inner.key
+
+    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
+        total, weight = self.inner.sums(probes, each=each)
+        pair = torch.stack([total, weight])
+        if each:
+            parts = _gather_ragged(pair)
+            pair = torch.cat(parts, dim=-1)
+        else:
+            parts = [torch.empty_like(pair) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, pair)
+            pair = torch.stack(parts).sum(0) if len(parts) == 1 else _add_in_order(parts)
+        return pair[0] / pair[1]
+
+    def backward(self, names: Iterable[str] | None = None) -> float:
+        raise ValueError("methods with back-propagation run under accelerate's DDP or FSDP, as Trainer does")
+
+
+def _add_in_order(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _gather_ragged(pair: Tensor) -> list[Tensor]:
+    parts: list[Tensor | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, pair)
+    return [p for p in parts if p is not None]
+
+
+def as_objective(question: Objective | Callable[[], Tensor | float], view: ParamView) -> Objective:
+    """An objective as it is, or a zero-argument closure wrapped as one."""
+    if hasattr(question, "losses"):
+        return question  # type: ignore[return-value]
+    if not callable(question) or isinstance(question, nn.Module):
+        raise ValueError(f"step() wants an Objective or a function without arguments, not {type(question).__name__}")
+    return ClosureObjective(question, view)
+
+
+def finite(values: Iterable[float]) -> bool:
+    """Whether all values are finite."""
+    return all(math.isfinite(v) for v in values)

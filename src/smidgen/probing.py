@@ -1,0 +1,581 @@
+"""Evaluate a model at theta + probe while theta stays untouched, bit for bit.
+
+The sequential engine: one probe at a time. Every tuned tensor is replaced, for the duration of the innermost module
+forward that reads it, by a displaced copy in scratch memory. Three kinds of reader:
+
+- an embedding displaces only the rows it looks up;
+- the output head is applied by `smidgen.loss`, in displaced blocks of the vocabulary, at label positions only;
+- any other module gets its tensors displaced in a scratch buffer that all such modules share.
+
+Which module reads a tensor is found by a self-check: one forward in which every tuned tensor, outside its reader, is a
+poison view that raises when touched. A tensor that is read elsewhere moves to the parent of its reader, up to the
+whole evaluation (then its scratch is a full copy of that tensor, and one line says so).
+
+Cost of an evaluation: one forward and one pass of the noise generator over the tensors that it reads. Scratch: the
+largest group of tensors that one module reads, at most the largest tuned tensor for ordinary models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smidgen.directions import Probe, displace, displace_rows, restrict
+from smidgen.loss import (
+    IGNORE,
+    Head,
+    Kind,
+    Losses,
+    PlainHead,
+    Targets,
+    choice_index,
+    choice_logits,
+    head_nll,
+    head_nll_differentiable,
+    logits_nll,
+    targets,
+)
+from smidgen.params import Entry, ParamView
+
+log = logging.getLogger("smidgen")
+
+_ALIGN = 64  # bytes; a cache line and an AVX-512 register
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class _Reader:
+    """A module and the tuned tensors that it reads: (entry, owner module, attribute)."""
+
+    module: nn.Module
+    name: str
+    tensors: list[tuple[Entry, nn.Module, str]] = field(default_factory=list)
+    shared: bool = True  # its scratch may be the common buffer (no other reader runs inside it)
+
+    def nbytes(self) -> int:
+        sizes = (e.tensor.numel() * e.tensor.element_size() for e, _, _ in self.tensors)
+        return sum(-(-size // _ALIGN) * _ALIGN for size in sizes)
+
+
+class _ReadOutside(RuntimeError):
+    """A poisoned tensor was used."""
+
+    def __init__(self, tensor: _Poison):
+        super().__init__(f"{tensor.tensor_name} is read outside the forward of {tensor.reader_name}")
+        self.key = tensor.key
+
+
+class _Poison(Tensor):
+    """A zero-stride NaN view that raises when an operation touches it; metadata may be read."""
+
+    tensor_name: str
+    reader_name: str
+    key: tuple[int, str]  # id of the owner module, attribute
+
+    _METADATA = frozenset(
+        ["shape", "dtype", "device", "ndim", "size", "dim", "requires_grad", "is_leaf", "layout", "numel", "is_cuda"]
+        + ["is_floating_point", "element_size", "nelement", "is_sparse", "is_quantized", "is_meta", "grad_fn", "grad"]
+        + ["is_complex", "names", "itemsize", "nbytes", "is_contiguous", "stride", "is_cpu", "is_nested"]
+    )
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name in cls._METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        flat = [*args, *(kwargs or {}).values()]
+        flat += [x for a in flat if isinstance(a, (list, tuple)) for x in a]
+        raise _ReadOutside(next(a for a in flat if isinstance(a, _Poison)))
+
+
+class _LookedUp(Tensor):
+    """An embedding matrix that displaces only the rows it is asked for; any other use displaces all of it."""
+
+    probe: Probe
+    entry: Entry
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.embedding:
+                ids, table = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+                if isinstance(table, cls) and not isinstance(ids, cls):
+                    return table.lookup(ids)
+            if getattr(func, "__name__", "") == "__get__":
+                return func(*args, **kwargs)
+            unwrap = [a.full() if isinstance(a, cls) else a for a in args]
+            return func(*unwrap, **{k: v.full() if isinstance(v, cls) else v for k, v in kwargs.items()})
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Displaced rows, [*ids.shape, D]."""
+        table = self.entry.storage
+        out = torch.empty(ids.numel(), table.shape[1], dtype=table.dtype, device=table.device)
+        displace_rows(self.probe, self.entry.name, table, ids.reshape(-1), out)
+        return out.view(*ids.shape, table.shape[1])
+
+    def full(self) -> Tensor:
+        """The whole displaced matrix, in fresh memory."""
+        table = self.entry.storage.contiguous()
+        out = torch.empty_like(table)
+        displace(self.probe, self.entry.name, table, out)
+        return out
+
+
+class _ProbedHead:
+    """The output head at theta + probe; a tuned weight is displaced block by block in scratch."""
+
+    def __init__(self, engine: Engine, module: nn.Linear, probe: Probe):
+        self._engine, self._probe = engine, probe
+        self._weight, self._bias = module.weight, module.bias
+        self.rows, self.width = module.weight.shape
+
+    def _displaced(self, parameter: Tensor | None, first: int, stop: int, slot: str) -> Tensor | None:
+        if parameter is None:
+            return None
+        block = parameter.detach()[first:stop]
+        entry = self._engine.entry_of(parameter)
+        if entry is None or not restrict(self._probe, entry.name):
+            return block
+        out = self._engine.scratch(slot, block)
+        displace(self._probe, entry.name, block.contiguous(), out, first=first)
+        return out
+
+    def block(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        weight = self._displaced(self._weight, first, stop, "head")
+        assert weight is not None
+        return weight, self._displaced(self._bias, first, stop, "head bias")
+
+    def gather(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        rows = []
+        for parameter in (self._weight, self._bias):
+            if parameter is None:
+                rows.append(None)
+                continue
+            entry, table = self._engine.entry_of(parameter), parameter.detach()
+            picked = table[ids]
+            if entry is not None and restrict(self._probe, entry.name):
+                matrix = table.view(table.shape[0], -1)
+                displace_rows(self._probe, entry.name, matrix, ids, picked.view(ids.shape[0], -1))
+            rows.append(picked)
+        return rows[0], rows[1]  # type: ignore[return-value]
+
+
+class Engine:
+    """Sequential probing of one model.
+
+    `kind` decides how labels meet logits (see `smidgen.loss`). `losses(batch, probe)` is the only evaluation;
+    `forwards` counts them. Call `check(run)` once, with a real batch, before the first probe.
+    """
+
+    def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal"):
+        self.model, self.view, self.kind = model, view, kind
+        self.forwards = 0  # model evaluations so far
+        self.tokens = 0  # input tokens of those evaluations
+        self._entries = {id(e.tensor): e for e in view}
+        self._names = {id(m): n for n, m in model.named_modules()}
+        self._modules = dict(model.named_modules())
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self._accepted = set(inspect.signature(_unwrapped(model).forward).parameters)
+        self._head = _output_head(model) if kind != "classification" else None
+        self._own_head = self._head is not None and not isinstance(self._head, nn.Linear)
+        self._checked = False
+        self._readers = self._owners()
+
+    # -- readers ------------------------------------------------------------------------------------------------------
+
+    def _owners(self) -> dict[int, _Reader]:
+        """The first guess: every tensor is read by the module that owns it."""
+        readers: dict[int, _Reader] = {}
+        for entry in self.view:
+            if not entry.sites:
+                raise ValueError(f"{entry.name!r} belongs to no module: probing a model needs ParamView.of_model")
+            for owner, attribute in entry.sites:
+                reader = readers.setdefault(id(owner), _Reader(owner, self._names[id(owner)]))
+                reader.tensors.append((entry, owner, attribute))
+        return readers
+
+    def _move_up(self, key: tuple[int, str]) -> str:
+        """Move one tensor (owner id, attribute) to the parent of its reader; returns what was done, for the log."""
+        for reader in self._readers.values():
+            for item in reader.tensors:
+                if (id(item[1]), item[2]) == key:
+                    if reader.module is self.model:
+                        name, module = "the whole evaluation", _Everything()
+                    else:
+                        name = reader.name.rpartition(".")[0]
+                        module = self._modules[name]
+                    reader.tensors.remove(item)
+                    if not reader.tensors:
+                        del self._readers[id(reader.module)]
+                    key_of = -1 if isinstance(module, _Everything) else id(module)
+                    self._readers.setdefault(key_of, _Reader(module, name)).tensors.append(item)
+                    self._mark_nesting()
+                    return name
+        raise AssertionError(key)
+
+    def _mark_nesting(self) -> None:
+        """A reader with other readers inside cannot use the common buffer."""
+        names = [r.name for r in self._readers.values()]
+        for reader in self._readers.values():
+            if isinstance(reader.module, _Everything) or reader.name == "":
+                reader.shared = len(names) == 1
+            else:
+                reader.shared = not any(n.startswith(reader.name + ".") for n in names)
+
+    def entry_of(self, parameter: Tensor) -> Entry | None:
+        """The view's entry of a parameter, or None when it is frozen."""
+        return self._entries.get(id(parameter))
+
+    def scratch(self, slot: str, like: Tensor, offset: int = 0, total: int = 0) -> Tensor:
+        """A contiguous tensor shaped as `like` in the buffer `slot`, `offset` bytes in."""
+        size = like.numel() * like.element_size()
+        need = max(total, offset + size)
+        key = (slot, like.device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < need:
+            self._buffers.pop(key, None)
+            buffer = self._buffers[key] = torch.empty(need + _ALIGN, dtype=torch.uint8, device=like.device)
+        shift = -buffer.data_ptr() % _ALIGN + offset
+        if shift + size > buffer.numel():  # alignment took the spare bytes
+            shift = offset
+        return buffer[shift : shift + size].view(like.dtype).view(like.shape)
+
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch held now."""
+        return sum(b.numel() for b in self._buffers.values())
+
+    # -- displacement -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def displaced(self, probe: Probe, *, head: bool = True) -> Iterator[None]:
+        """Inside this context a forward of the model sees theta + probe. Theta is never written.
+
+        `head=False` leaves the output head as it is: the caller applies it with `smidgen.loss`.
+        """
+        if not probe:
+            yield
+            return
+        saved: list[tuple[nn.Module, str, Tensor]] = []
+        handles = []
+        try:
+            for reader in self._readers.values():
+                if not head and reader.module is self._head:
+                    continue
+                enter, leave = self._hooks(reader, probe, saved)
+                if isinstance(reader.module, _Everything):
+                    enter()
+                else:
+                    handles.append(reader.module.register_forward_pre_hook(enter))
+                    handles.append(reader.module.register_forward_hook(leave))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for owner, attribute, tensor in saved:
+                owner._parameters[attribute] = tensor  # type: ignore[assignment]
+
+    def _hooks(
+        self, reader: _Reader, probe: Probe, saved: list[tuple[nn.Module, str, Tensor]]
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
+        tensors = [(e, owner, a) for e, owner, a in reader.tensors if restrict(probe, e.name)]
+        originals = [(owner, a, owner._parameters[a]) for _, owner, a in tensors]
+        saved.extend(originals)  # type: ignore[arg-type]
+        slot = "common" if reader.shared else reader.name
+        total = reader.nbytes()
+        rows_only = isinstance(reader.module, nn.Embedding) and reader.module.max_norm is None
+
+        def enter(*_: Any) -> None:
+            offset = 0
+            for entry, owner, attribute in tensors:
+                weight = entry.storage
+                if rows_only and attribute == "weight" and owner is reader.module:
+                    table = torch.Tensor._make_subclass(_LookedUp, weight)
+                    table.probe, table.entry = probe, entry
+                    owner._parameters[attribute] = table  # type: ignore[assignment]
+                    continue
+                out = self.scratch(slot, weight, offset, total)
+                displace(probe, entry.name, weight.contiguous(), out)
+                owner._parameters[attribute] = out  # type: ignore[assignment]
+                offset += -(-weight.numel() * weight.element_size() // _ALIGN) * _ALIGN
+
+        def leave(*_: Any) -> None:
+            for owner, attribute, tensor in originals:
+                owner._parameters[attribute] = tensor
+
+        return enter, leave
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def losses(self, batch: Batch, probe: Probe = ()) -> Losses:
+        """Loss of each label of one micro-batch at theta + probe. No gradient, evaluation mode, theta untouched.
+
+        Cost: one forward; memory of a forward without gradient, without the logits of unlabelled positions.
+        """
+        with torch.no_grad(), _evaluation_mode(self.model), self.displaced(probe, head=self._own_head):
+            return self._losses(batch, probe)
+
+    def choice_scores(self, batch: Batch, probe: Probe = ()) -> Tensor:
+        """Logits of the batch's `choices` (or of the classes) for each row, [B, C] float32."""
+        with torch.no_grad(), _evaluation_mode(self.model), self.displaced(probe, head=self._own_head):
+            if self.kind == "classification":
+                return self._forward(batch).logits.float()
+            where = targets(batch["labels"], self.kind)
+            hidden, logits = self._hidden(batch, where)
+            choices = batch["choices"]
+            return choice_logits(hidden, choices, self._probed_head(probe)) if logits is None else logits[:, choices]
+
+    def call(self, loss: Callable[[], Tensor], probe: Probe = ()) -> Tensor:
+        """Any loss of the model, called unchanged at theta + probe (a trainer's own `compute_loss`)."""
+        self.forwards += 1
+        with torch.no_grad(), _evaluation_mode(self.model), self.displaced(probe):
+            return loss()
+
+    def differentiable(self, batch: Batch) -> Losses:
+        """The same losses with an autograd graph, in the model's present mode."""
+        if self.kind == "classification":
+            return _class_losses(self._forward(batch).logits, batch["labels"])
+        where = targets(batch["labels"], self.kind)
+        hidden, logits = self._hidden(batch, where)
+        size = batch["labels"].shape[0]
+        if logits is not None:
+            return self._from_logits(logits, where, batch, size)
+        assert isinstance(self._head, nn.Linear)
+        head = PlainHead(self._head.weight, self._head.bias)
+        if (choices := batch.get("choices")) is not None:
+            scores = choice_logits(hidden, choices, head)
+            return Losses(logits_nll(scores, choice_index(where.tokens, choices)), where.rows, size)
+        return Losses(head_nll_differentiable(hidden, where.tokens, head), where.rows, size)
+
+    def _losses(self, batch: Batch, probe: Probe) -> Losses:
+        if self.kind == "classification":
+            return _class_losses(self._forward(batch).logits, batch["labels"])
+        where = targets(batch["labels"], self.kind)
+        hidden, logits = self._hidden(batch, where)
+        size = batch["labels"].shape[0]
+        if logits is not None:
+            return self._from_logits(logits, where, batch, size)
+        head = self._probed_head(probe)
+        if (choices := batch.get("choices")) is not None:
+            scores = choice_logits(hidden, choices, head)
+            return Losses(logits_nll(scores, choice_index(where.tokens, choices)), where.rows, size)
+        return Losses(head_nll(hidden, where.tokens, head), where.rows, size)
+
+    @staticmethod
+    def _from_logits(logits: Tensor, where: Targets, batch: Batch, size: int) -> Losses:
+        tokens = where.tokens
+        if (choices := batch.get("choices")) is not None:
+            logits, tokens = logits[:, choices], choice_index(tokens, choices)
+        return Losses(logits_nll(logits, tokens), where.rows, size)
+
+    def _probed_head(self, probe: Probe) -> Head:
+        assert isinstance(self._head, nn.Linear)
+        return _ProbedHead(self, self._head, probe)
+
+    def _applies_head_itself(self) -> bool:
+        return self._head is not None and not self._own_head
+
+    def _hidden(self, batch: Batch, where: Targets) -> tuple[Tensor, Tensor | None]:
+        """Run the trunk; (hidden states at label positions [n, H], None), or (-, the model's own logits [n, V])."""
+        caught: list[Tensor] = []
+        handle = None
+        if self._head is not None:
+
+            def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                picked = args[0][where.keep]
+                caught.append(picked)
+                return (picked[None] if self._own_head else args[0][:, :0], *args[1:])
+
+            handle = self._head.register_forward_pre_hook(tap)
+        try:
+            logits = self._forward(batch).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        if not caught:  # the model computes logits without calling its head
+            return logits, logits[where.keep]
+        return (caught[0], logits[0]) if self._own_head else (caught[0], None)
+
+    def _forward(self, batch: Batch) -> Any:
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "choices")}
+        if "use_cache" in self._accepted:
+            inputs["use_cache"] = False
+        if self.kind == "seq2seq" and "decoder_input_ids" not in inputs:
+            labels = batch["labels"]
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+        self.forwards += 1
+        self.tokens += inputs["input_ids"].numel() if "input_ids" in inputs else 0
+        return self.model(**inputs)
+
+    # -- self-check ---------------------------------------------------------------------------------------------------
+
+    def check(self, run: Callable[[], Any]) -> None:
+        """Find the module that reads each tuned tensor: call `run` (one evaluation) with poisoned tensors.
+
+        Costs one forward when every tensor is read by its owner, one more for each that is not. No copy of the model.
+        """
+        counts = self.forwards, self.tokens
+        for _ in range(64 * max(1, len(self.view))):
+            try:
+                aliases = self._poisoned(run)
+            except _ReadOutside as error:
+                self._report(error.key, str(error), self._move_up(error.key))
+                continue
+            if not aliases:
+                break
+            for key, text in aliases.items():
+                self._report(key, text, self._move_up(key))
+        self.forwards, self.tokens = counts
+        self._checked = True
+
+    @staticmethod
+    def _report(key: tuple[int, str], reason: str, reader: str) -> None:
+        level = logging.WARNING if reader == "the whole evaluation" else logging.INFO
+        log.log(level, "%s: its scratch now lives for the forward of %s", reason, reader or "the whole model")
+
+    def _poisoned(self, run: Callable[[], Any]) -> dict[tuple[int, str], str]:
+        """One evaluation with poison outside each reader; returns tensors that a reader's output aliases."""
+        aliases: dict[tuple[int, str], str] = {}
+        saved: list[tuple[nn.Module, str, Tensor]] = []
+        handles = []
+
+        def poison(entry: Entry, owner: nn.Module, attribute: str, reader: _Reader) -> _Poison:
+            nan = torch.full((), torch.nan, dtype=entry.tensor.dtype, device=entry.tensor.device)
+            view = torch.Tensor._make_subclass(_Poison, nan.expand(entry.tensor.shape))
+            view.tensor_name, view.reader_name, view.key = entry.name, reader.name or "the model", (id(owner), attribute)
+            return view
+
+        def hooks(reader: _Reader) -> tuple[Callable[..., None], Callable[..., None]]:
+            real = [(owner, a, owner._parameters[a]) for _, owner, a in reader.tensors]
+            fake = [(owner, a, poison(e, owner, a, reader)) for e, owner, a in reader.tensors]
+            saved.extend(real)  # type: ignore[arg-type]
+
+            def enter(*_: Any) -> None:
+                for owner, attribute, tensor in real:
+                    owner._parameters[attribute] = tensor
+
+            def leave(_: Any, __: Any, output: Any) -> None:
+                storages = {t.untyped_storage().data_ptr() for t in _tensors(output)}
+                for (entry, owner, attribute), (_, _, tensor) in zip(reader.tensors, real, strict=True):
+                    if tensor is not None and tensor.untyped_storage().data_ptr() in storages:
+                        aliases[id(owner), attribute] = f"{entry.name} is returned by {reader.name or 'the model'}"
+                for owner, attribute, tensor in fake:
+                    owner._parameters[attribute] = tensor  # type: ignore[assignment]
+
+            for owner, attribute, tensor in fake:
+                owner._parameters[attribute] = tensor  # type: ignore[assignment]
+            return enter, leave
+
+        try:
+            for reader in self._readers.values():
+                if isinstance(reader.module, _Everything):
+                    continue
+                enter, leave = hooks(reader)
+                handles.append(reader.module.register_forward_pre_hook(enter))
+                handles.append(reader.module.register_forward_hook(leave))
+            with torch.no_grad(), _evaluation_mode(self.model):
+                run()
+        finally:
+            for handle in handles:
+                handle.remove()
+            for owner, attribute, tensor in saved:
+                owner._parameters[attribute] = tensor  # type: ignore[assignment]
+        return aliases
+
+    def check_batch(self, batch: Batch) -> None:
+        """`check` with this engine's own loss, and a test that the head's output is what the model makes of it.
+
+        A model that post-processes its logits (soft capping, scaling) keeps its own head, applied to the label
+        positions only; one line says so.
+        """
+        few = _few(batch)
+        if self.kind == "classification":
+            self.check(lambda: self._forward(few))
+            return
+        where = targets(few["labels"], self.kind)
+        self.check(lambda: self._hidden(few, where))
+        if self._applies_head_itself():
+            with torch.no_grad(), _evaluation_mode(self.model):
+                hidden, unused = self._hidden(few, where)
+                if unused is None:
+                    ours = F.linear(hidden, self._head.weight, self._head.bias)  # type: ignore[union-attr,arg-type]
+                    self._own_head = True
+                    _, theirs = self._hidden(few, where)
+                    self._own_head = theirs is None or not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
+            if self._own_head:
+                log.warning("the model changes the logits after its head: the head is run whole, on label positions only")
+            self.forwards, self.tokens = 0, 0
+
+
+class _Everything(nn.Module):
+    """Stands for a reader that is no module: the whole evaluation."""
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off; the modes of all modules are put back."""
+    if not model.training:
+        yield
+        return
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _class_losses(logits: Tensor, labels: Tensor) -> Losses:
+    rows = torch.arange(labels.shape[0], device=labels.device)
+    return Losses(logits_nll(logits, labels.view(-1)), rows, labels.shape[0])
+
+
+def _few(batch: Batch) -> Batch:
+    """The first two rows with at most four labels: enough for a self-check."""
+    few = {k: v if k == "choices" or not isinstance(v, Tensor) else v[:2] for k, v in batch.items()}
+    if few["labels"].ndim == 2:
+        labelled = few["labels"] != IGNORE
+        later = labelled.flatten().cumsum(0).view_as(labelled) > 4
+        few["labels"] = few["labels"].masked_fill(later, IGNORE)
+    return few
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors in a module's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model under PEFT's and accelerate's wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(_unwrapped(model), "get_output_embeddings", None)
+    return getter() if getter is not None else None

@@ -1,0 +1,94 @@
+"""Row, Example and Task: what a data file holds, what a model is asked, and the seam between the two.
+
+A Row is a dict that knows where it was read, for error messages. JSON Lines, the format of the packaged sets, is read
+here with the standard library alone; `smidgen.data` reads every other format and replaces the reader of a Task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from smidgen.config import DataError
+
+
+class Row(dict[str, Any]):
+    """One record of a data source; `place` is ``file:line``, or the number of the record."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, values: Mapping[str, Any], place: str):
+        super().__init__(values)
+        self.place = place
+
+
+Reader = Callable[[str, str], Sequence[Row]]  # (source, split) -> rows
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its answer.
+
+    prompt: text before the answer, without trailing space. answer: text of the answer, with its leading space.
+    suffix: text after the answer, seen by masked models only. options: the answers to choose from; None where the
+    answer is free text. gold: index of `answer` in `options`. text: the raw fields, for sequence classification.
+    """
+
+    prompt: str
+    answer: str
+    suffix: str = ""
+    options: tuple[str, ...] | None = None
+    gold: int | None = None
+    text: tuple[str, ...] = ()
+
+
+class Task(Protocol):
+    """Data only: where rows come from, how they become examples, and what counts as success.
+
+    source: a hub id (``owner/name:config``) or a folder with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``.
+    read: how a split of `source` is read; `smidgen.data` replaces it to serve the user's own data and every format.
+    words: the label words in class order, known once the training rows were read.
+    """
+
+    name: str
+    source: str
+    read: Reader
+
+    @property
+    def words(self) -> tuple[str, ...]: ...
+
+    def examples(self, split: str) -> list[Example]: ...
+
+    def metric(self, predictions: Sequence[int], golds: Sequence[int]) -> dict[str, float]: ...
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Rows of a JSON Lines file, blank lines skipped. Raises DataError with file and line for anything else."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    values = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: not a line of JSON ({error}): one object a line") from None
+                if not isinstance(values, dict):
+                    shown = line.strip()[:40]
+                    raise DataError(f"{path}:{number}: '{shown}' is not an object: write {{\"column\": value}}")
+                rows.append(Row(values, f"{path}:{number}"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}): save the file as UTF-8") from None
+    return rows
+
+
+def read_folder(source: str, split: str) -> list[Row]:
+    """Rows of ``source/split.jsonl``."""
+    path = Path(source) / f"{split}.jsonl"
+    if not path.is_file():
+        raise DataError(f"there is no '{path}': a task's folder holds train.jsonl and validation.jsonl")
+    return read_jsonl(path)

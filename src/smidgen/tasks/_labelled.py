@@ -1,0 +1,208 @@
+"""Classification by label words: the one implementation behind sst2, reviews, topics and any labelled file.
+
+A template such as ``{sentence} It was {answer}.`` has column slots and one answer slot. A causal model reads the text
+before the answer slot and predicts " terrible" or " great"; a masked model reads the whole text with the answer masked;
+a sequence classifier reads the raw columns. Prompts with label words: LM-BFF (Gao et al. 2021, arXiv 2012.15723).
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from smidgen.config import ConfigError, DataError
+from smidgen.tasks._example import Example, Reader, Row, read_folder
+
+ANSWER = "answer"  # name of the answer slot
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template: (literal, column) pairs before and after the answer slot."""
+
+    before: tuple[tuple[str, str | None], ...]
+    after: tuple[tuple[str, str | None], ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the template shows, in order, each once."""
+        return tuple(dict.fromkeys(column for _, column in self.before + self.after if column))
+
+
+def parse_template(template: str) -> Template:
+    """Split a template at its answer slot. Raises ConfigError where it has none, two, or a slot that is no name."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"template {template!r}: {error}: write {{{{ for a brace") from None
+    before: list[tuple[str, str | None]] = []
+    after: list[tuple[str, str | None]] | None = None
+    for literal, name, spec, conversion in parts:
+        side = before if after is None else after
+        if name == ANSWER and after is None and not spec and not conversion:
+            side.append((literal, None))
+            after = []
+        elif name is None:
+            side.append((literal, None))
+        elif name and name != ANSWER and not spec and not conversion:
+            side.append((literal, name))
+        else:
+            raise ConfigError(
+                f"template {template!r}: slot '{{{name}}}' is not a column: {{column}}s and one {{answer}}"
+            )
+    if after is None:
+        raise ConfigError(
+            f"template {template!r} has no {{answer}} slot: end it with one, as '{{text}}\\nLabel: {{answer}}'"
+        )
+    found = Template(tuple(before), tuple(after))
+    if not found.columns:
+        raise ConfigError(
+            f"template {template!r} shows no column of the data: add one, as '{{text}}\\nLabel: {{answer}}'"
+        )
+    return found
+
+
+@dataclass
+class LabelledTask:
+    """A Task whose answers are label words.
+
+    given: the label words in class order; None infers the classes from the training rows, sorted, once: string labels
+    are their own words, integer labels their digits. label: the column of the label.
+    """
+
+    name: str
+    source: str
+    template: str
+    given: tuple[str, ...] | None = None
+    label: str = "label"
+    read: Reader = read_folder
+    _classes: dict[str, int] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._parsed = parse_template(self.template)
+        if self.given is not None:
+            words = [word.strip() for word in self.given]
+            if "" in words or len(set(words)) < max(2, len(words)):
+                raise ConfigError(f"label words {list(self.given)}: give at least two, all different and none empty")
+            self.given = tuple(words)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Label words in class order; the first access may read the training rows."""
+        return self.given if self.given is not None else tuple(self._inferred())
+
+    def examples(self, split: str) -> list[Example]:
+        """Every row of a split as an Example. Raises DataError: empty, no label, foreign label, missing column."""
+        rows = self.read(self.source, split)
+        if not rows:
+            raise DataError(f"'{self.source}' has no rows in its {split} split")
+        options = tuple(" " + word for word in self.words)
+        return [self._example(row, options) for row in rows]
+
+    def metric(self, predictions: Sequence[int], golds: Sequence[int]) -> dict[str, float]:
+        """Accuracy and macro F1."""
+        return {"accuracy": accuracy(predictions, golds), "macro_f1": macro_f1(predictions, golds)}
+
+    def _example(self, row: Row, options: tuple[str, ...]) -> Example:
+        missing = [column for column in self._parsed.columns if row.get(column) is None]
+        if missing:
+            raise DataError(
+                f"{row.place}: no column '{missing[0]}' (found: {', '.join(row)}): "
+                f"the template is {self.template!r}; give another with `template`"
+            )
+        fields = {column: str(row[column]).strip() for column in self._parsed.columns}
+        gold = self._class(row)
+        return Example(
+            prompt=_fill(self._parsed.before, fields).rstrip(),
+            answer=options[gold],
+            suffix=_fill(self._parsed.after, fields),
+            options=options,
+            gold=gold,
+            text=tuple(fields.values()),
+        )
+
+    def _class(self, row: Row) -> int:
+        """Class index of a row."""
+        label = _label(row, self.label)
+        words = self.words
+        if self.given is None:
+            found = self._inferred().get(_spell(label))
+        elif _spell(label) in words:
+            found = words.index(_spell(label))
+        else:
+            index = _integer(label)
+            found = index if index is not None and 0 <= index < len(words) else None
+        if found is None:
+            allowed = ", ".join(words) if len(words) <= 12 else f"{', '.join(words[:12])}, ... ({len(words)} in all)"
+            indices = f" or 0 to {len(words) - 1}" if self.given is not None else ""
+            way_out = (
+                "correct the row, or give `words`" if self.given is not None else "correct it, or add training rows"
+            )
+            raise DataError(f"{row.place}: label {label!r} is not among the label words: {allowed}{indices}: {way_out}")
+        return found
+
+    def _inferred(self) -> dict[str, int]:
+        if self._classes is None:
+            rows = self.read(self.source, "train")
+            values = {_spell(label): label for label in (_label(row, self.label) for row in rows)}
+            numbers = {word: label for word, label in values.items() if isinstance(label, int)}
+            ordered = sorted(numbers, key=numbers.__getitem__) if len(numbers) == len(values) else sorted(values)
+            if len(ordered) < 2:
+                raise DataError(
+                    f"the training rows of '{self.source}' hold {len(ordered)} label value(s) {ordered}: a "
+                    "classification needs two or more; give `words`, or rename the column to train on the text alone"
+                )
+            self._classes = {label: index for index, label in enumerate(ordered)}
+        return self._classes
+
+
+def _fill(parts: Sequence[tuple[str, str | None]], fields: dict[str, str]) -> str:
+    return "".join(literal + (fields[column] if column else "") for literal, column in parts)
+
+
+def _label(row: Row, column: str) -> str | int:
+    """The label of a row: a word, or an integer; digits in a text file are an integer."""
+    label = row.get(column)
+    if label is None or label == "":
+        raise DataError(f"{row.place}: row without '{column}' (found: {', '.join(row)}): every row needs one")
+    if isinstance(label, bool):
+        return label
+    index = _integer(label)
+    if index is not None:
+        return index
+    if not isinstance(label, str):
+        raise DataError(f"{row.place}: label {label!r} is not a word or a whole number: regression is not supported")
+    return label.strip()
+
+
+def _spell(label: str | int) -> str:
+    """The word of a label."""
+    return str(label).lower() if isinstance(label, bool) else str(label)
+
+
+def _integer(label: Any) -> int | None:
+    if isinstance(label, int):
+        return int(label)  # true is class 1
+    if isinstance(label, float) and label.is_integer():
+        return int(label)
+    if isinstance(label, str) and label.strip().lstrip("-").isdecimal():
+        return int(label)
+    return None
+
+
+def accuracy(predictions: Sequence[int], golds: Sequence[int]) -> float:
+    """Share of predictions that equal their gold."""
+    if len(predictions) != len(golds) or not golds:
+        raise ValueError(f"{len(predictions)} predictions for {len(golds)} golds: as many of both, at least one")
+    return sum(p == g for p, g in zip(predictions, golds, strict=True)) / len(golds)
+
+
+def macro_f1(predictions: Sequence[int], golds: Sequence[int]) -> float:
+    """Mean over classes of 2 TP / (2 TP + FP + FN); classes that neither side names are left out."""
+    scores = []
+    for label in set(predictions) | set(golds):
+        hits = sum(p == g == label for p, g in zip(predictions, golds, strict=True))
+        scores.append(2 * hits / (sum(p == label for p in predictions) + sum(g == label for g in golds)))
+    return sum(scores) / len(scores)

@@ -1,0 +1,396 @@
+"""Every method inside `transformers.Trainer`: the mixin, the factory for other trainers, and smidgen's own Trainer.
+
+The loop is Trainer's: epochs, schedules, callbacks, checkpoints, data order, trackers and the hub are untouched. The
+mixin replaces one thing, `training_step`: micro-batches are collected, and on the last one of an optimizer step the
+method is asked for one `step(objective)`. The call of `optimizer.step()` that Trainer makes afterwards does nothing.
+
+Methods without back-propagation write a journal. Resuming is Trainer's own resume, from its last checkpoint or from
+the start, with recorded numbers in place of forward passes until the journal ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from smidgen import journal, noise, optim
+from smidgen.config import ConfigError, Diverged, nearest, notice
+from smidgen.models import state_sha256
+from smidgen.objective import CalledObjective, ModelObjective, Objective, Recorded, Reduced, Replayed
+from smidgen.optim._optimizer import Optimizer
+from smidgen.params import ParamView, canonical
+from smidgen.probing import Batch, Engine
+
+log = logging.getLogger("smidgen")
+
+JOURNAL = "journal.bin"
+INIT = "init.safetensors"
+
+
+def method_config(method: str, preset: str | None, options: dict[str, Any]) -> Any:
+    """A method's validated options: its defaults, then the preset, then `options`. Raises ConfigError."""
+    module = optim.get(method)
+    presets = getattr(module, "PRESETS", {})
+    if preset is not None and preset not in presets:
+        raise ConfigError(f"{method} has no preset {preset!r}; it has: {', '.join(presets) or 'none'}")
+    values = {**presets.get(preset, {}), **options}
+    known = module.Config.model_fields
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"{method} has no option {name!r}; did you mean {nearest(name, known)!r}? `smidgen methods {method}` lists them"
+            )
+    try:
+        return module.Config(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{method}: option {problem['loc'][0]!r} = {problem['input']!r}: {problem['msg']}") from None
+
+
+def uses_backward(method: str) -> bool:
+    """Whether a method back-propagates; such a run resumes from checkpoints and has no journal."""
+    return "backward" in _optimizer_class(optim.get(method)).uses
+
+
+def _optimizer_class(module: Any) -> type[Optimizer]:
+    return module.build
+
+
+def header(method: str, config: Any, view: ParamView, base: str, init: str | None, device: torch.device) -> dict[str, Any]:
+    """What a journal must know to be replayed, and to be refused on another base."""
+    return {
+        "method": method,
+        "method_config": config.model_dump(mode="json"),
+        "groups": 1,
+        "base_sha256": base,
+        "init_sha256": init,
+        "noise": noise.VERSION,
+        "backend": noise.backend(device),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "positional": view.positional,
+        "tensors": {e.name: [e.id, str(e.tensor.dtype).removeprefix("torch."), list(e.tensor.shape)] for e in view},
+    }
+
+
+def check_header(found: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
+    """Refuse a journal of another base, method, configuration or noise; warn of another machine."""
+    reasons = {
+        "base_sha256": "it belongs to another base model (weights differ)",
+        "method": f"it was written by method {found['method']!r}, this run uses {ours['method']!r}",
+        "tensors": "the tuned tensors differ (scheme or model changed)",
+        "noise": f"it was written with noise version {found['noise']}, this smidgen has {ours['noise']}",
+        "method_config": "the method's options differ: "
+        + ", ".join(
+            f"{k}: {found['method_config'].get(k)} -> {v}"
+            for k, v in ours["method_config"].items()
+            if found["method_config"].get(k) != v
+        ),
+        "init_sha256": "its init.safetensors differs",
+    }
+    for key, reason in reasons.items():
+        if found[key] != ours[key]:
+            raise ConfigError(f"{where} does not fit this run: {reason}; use the original settings or another --output")
+    changed = [k for k in ("backend", "threads", "machine", "torch") if found[k] != ours[k]]
+    if changed:
+        pairs = ", ".join(f"{k} {found[k]} -> {ours[k]}" for k in changed)
+        notice(f"{where.name} was written elsewhere ({pairs}): results may differ in the last bits")
+
+
+def base_sha256(model: nn.Module) -> str:
+    """Hash of all weights of a model under canonical names, tuned or not."""
+    return state_sha256({canonical(n): p.detach() for n, p in model.named_parameters()})
+
+
+def weights_sha256(view: ParamView) -> str:
+    """Hash of the tuned tensors' bytes in name order."""
+    return state_sha256({e.name: e.storage for e in view})
+
+
+def save_init(view: ParamView, fresh: Sequence[str], folder: Path) -> str:
+    """Write the tensors that are not in the base model to init.safetensors; returns their hash."""
+    from safetensors.torch import save_file
+
+    tensors = {name: view[name].storage.contiguous().cpu() for name in fresh}
+    part = folder / (INIT + ".part")
+    save_file(tensors, part)
+    part.rename(folder / INIT)
+    return state_sha256(tensors)
+
+
+def load_init(view: ParamView, folder: Path) -> str | None:
+    """Put the tensors of init.safetensors into the view; returns their hash, None where there is no such file."""
+    from safetensors.torch import load_file
+
+    path = folder / INIT
+    if not path.exists():
+        return None
+    tensors = load_file(path)
+    for name, value in tensors.items():
+        if name not in view.entries or view[name].tensor.shape != value.shape:
+            raise ConfigError(f"{path}: tensor {name!r} does not fit this model and scheme")
+        view[name].storage.copy_(value)
+    return state_sha256(tensors)
+
+
+class ForwardOnlyMixin:
+    """Put before a `transformers.Trainer` class. Extra arguments:
+
+    method, preset, method_args: which method and its options; `learning_rate` of the training arguments wins over
+    `lr` only where it was set by `method_args` neither;
+    kind: how labels meet logits, for smidgen's own loss;
+    own_loss: False calls the trainer's `compute_loss` unchanged;
+    view, fresh: the tuned tensors (default: all with requires_grad), and the names of those that are not in the base;
+    max_bad_steps: bad steps in a row before the run ends as diverged.
+    """
+
+    method = "zo_sgd"
+    preset: str | None = None
+    method_args: dict[str, Any] = {}
+    own_loss = False
+
+    def __init__(
+        self,
+        *args: Any,
+        method: str | None = None,
+        preset: str | None = None,
+        method_args: dict[str, Any] | None = None,
+        kind: Any = "causal",
+        view: ParamView | None = None,
+        fresh: Iterable[str] | None = None,
+        max_bad_steps: int = 20,
+        **kwargs: Any,
+    ):
+        self.method = method or self.method
+        self.backward = uses_backward(self.method)
+        super().__init__(*args, **kwargs)
+        training = self.args  # type: ignore[attr-defined]
+        options = {"seed": training.seed, **self.method_args, **(method_args or {})}
+        if "lr" not in options and (preset or self.preset) is None and training.learning_rate != _default_lr():
+            options["lr"] = training.learning_rate
+        self.method_config = method_config(self.method, preset or self.preset, options)
+        training.learning_rate = self.method_config.lr
+        if training.fp16:
+            raise ConfigError("fp16=True scales gradients, which these methods do not have: use bf16=True or float16 weights")
+        if training.n_gpu > 1:
+            raise ConfigError(f"{training.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one")
+        training.max_grad_norm = 0.0  # clipping belongs to the method
+        training.logging_nan_inf_filter = False  # a NaN is shown as a NaN
+        self.kind, self._view, self._fresh, self.max_bad_steps = kind, view, fresh, max_bad_steps
+        self.engine: Engine | None = None
+        self._micro: list[Batch] = []
+        self._checked = False
+        self._past: list[journal.Record] = []
+        self._writer: journal.Writer | None = None
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The method's optimizer over the tuned tensors, and the probing engine."""
+        if self.optimizer is None:  # type: ignore[has-type]
+            model = self.model  # type: ignore[attr-defined]
+            view = self._view or ParamView.of_model(model)
+            self.optimizer = _optimizer_class(optim.get(self.method))(view, self.method_config)  # type: ignore[call-arg]
+            self.engine = Engine(model, view, self.kind)
+            if not self.backward:  # no gradient buckets: they would cost a copy of the weights
+                prepare = self.accelerator.prepare_model  # type: ignore[attr-defined]
+                self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # type: ignore[attr-defined]
+        return self.optimizer
+
+    @property
+    def stepper(self) -> Optimizer:
+        """The method itself, without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As Trainer's. With `resume_from_checkpoint=True` and a journal in the output folder the run goes on from the
+        journal's last whole step."""
+        resume = resume_from_checkpoint
+        if not self.backward:
+            self.create_optimizer()
+            resume = self._open_journal(resume)
+        elif resume is True:
+            resume = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+        try:
+            return super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+
+    def _open_journal(self, resume: Any) -> str | None:
+        """Create the journal, or read it and choose the checkpoint to start from."""
+        folder = Path(self.args.output_dir)  # type: ignore[attr-defined]
+        path = folder / JOURNAL
+        view, device = self.stepper.view, self.args.device  # type: ignore[attr-defined]
+        leader = self.is_world_process_zero()  # type: ignore[attr-defined]
+        model = self.model  # type: ignore[attr-defined]
+        if not resume:
+            folder.mkdir(parents=True, exist_ok=True)
+            fresh = self._fresh if self._fresh is not None else (view.entries if hasattr(model, "peft_config") else ())
+            init = save_init(view, list(fresh), folder) if fresh and leader else None
+            if leader:
+                head = header(self.method, self.method_config, view, base_sha256(model), init, device)
+                self._writer = journal.Writer.create(path, head)
+            return None
+        if not path.exists():
+            raise ConfigError(f"nothing to resume: {path} does not exist")
+        transcript = journal.read(path)
+        init = load_init(view, folder)
+        ours = header(self.method, self.method_config, view, base_sha256(model), init, device)
+        check_header(transcript.header, ours, path)
+        if (line := transcript.cut_notice()) is not None:
+            notice(line)
+        self._past = transcript.steps()
+        if leader:
+            self._writer = journal.Writer.resume(transcript)
+        wanted = resume if isinstance(resume, (str, os.PathLike)) else None
+        return _checkpoint(folder, len(self._past), None if wanted is None else Path(wanted))
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """Collect a micro-batch; on the last one make the step."""
+        self._micro.append(self._prepare_inputs(inputs))  # type: ignore[attr-defined]
+        device = self.args.device  # type: ignore[attr-defined]
+        if not self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            return torch.zeros((), device=device)
+        batches, self._micro = self._micro, []
+        if model.training and not self.backward:
+            model.eval()
+        loss = self._one_step(batches, num_items_in_batch)
+        return torch.tensor(loss, device=device)
+
+    def _one_step(self, batches: list[Batch], items: Any) -> float:
+        opt, t = self.stepper, self.state.global_step  # type: ignore[attr-defined]
+        if t < len(self._past):
+            record = self._past[t]
+            lrs = tuple(g["lr"] for g in opt.param_groups)
+            if record.lrs != lrs:
+                raise ConfigError(f"the journal's step {t} has learning rate {record.lrs[0]}, this run {lrs[0]}: resume unchanged")
+            loss = opt.step(Replayed(record.values))
+        elif self.backward:
+            loss = opt.step(self._objective(batches, items))
+        else:
+            recorded = Recorded(self._objective(batches, items))
+            loss = opt.step(recorded)
+            assert opt.outcome is not None
+            if self._writer is not None:
+                flags = 0 if opt.outcome.written else journal.BAD
+                self._writer.append([g["lr"] for g in opt.param_groups], recorded.values, flags)
+        if opt.bad_steps >= self.max_bad_steps:
+            raise Diverged(
+                f"{opt.bad_steps} steps in a row had no finite loss (the last is step {t}): "
+                "lower the learning rate or eps, or use float32; the run folder holds the weights' journal up to there"
+            )
+        assert loss is not None
+        return loss
+
+    def _objective(self, batches: list[Batch], items: Any) -> Objective:
+        engine = self.engine
+        assert engine is not None
+        if self.own_loss:
+            if not self._checked and not self.backward:
+                engine.check_batch(batches[0])
+            self._checked = True
+            inner: ModelObjective | CalledObjective = ModelObjective(engine, batches)
+        else:
+            scaled = items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)  # type: ignore[attr-defined]
+
+            def called(batch: Batch) -> Tensor:
+                with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                    return self.compute_loss(self.model, dict(batch), num_items_in_batch=items)  # type: ignore[attr-defined]
+
+            if not self._checked:
+                engine.check(lambda: called(batches[0]))
+            self._checked = True
+            inner = CalledObjective(engine, batches, called, scaled=scaled)
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return Reduced(inner) if ranks and torch.distributed.get_world_size() > 1 and not self.backward else inner
+
+    # -- what Trainer reports -----------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
+        outcome = self.stepper.outcome
+        return None if outcome is None or outcome.measures is None else outcome.measures.get("grad_norm")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log line plus the method's measures and the forwards made so far."""
+        if "loss" in logs and self.engine is not None:
+            outcome = self.stepper.outcome
+            if outcome is not None and outcome.measures:
+                logs.update({k: v for k, v in outcome.measures.items() if k != "grad_norm"})
+            if not self.backward:
+                logs["zo/forwards"] = self.engine.forwards
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._writer is not None:
+            self._writer.sync()  # a checkpoint never stands ahead of the journal
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+
+def _default_lr() -> float:
+    return transformers.TrainingArguments.__dataclass_fields__["learning_rate"].default
+
+
+def _checkpoint(folder: Path, steps: int, wanted: Path | None) -> str | None:
+    """The last whole checkpoint that the journal reaches, or the one that was asked for, or None for the start."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and (path / "trainer_state.json").exists() and not (path / "checkpoint-is-incomplete.txt").exists():
+            found[int(number)] = path
+    if wanted is not None:
+        return str(wanted)
+    usable = [n for n in found if n <= steps]
+    return str(found[max(usable)]) if usable else None
+
+
+def forward_only(trainer: type, method: str = "zo_sgd", *, preset: str | None = None, **options: Any) -> type:
+    """A subclass of any `transformers.Trainer` that trains with a method of ours and keeps the trainer's own loss.
+
+    >>> from trl import SFTTrainer  # doctest: +SKIP
+    >>> Trainer = smidgen.forward_only(SFTTrainer, method="zo_sgd", lr=1e-6)  # doctest: +SKIP
+    """
+    if uses_backward(method):
+        raise ConfigError(f"{method} uses back-propagation: use {trainer.__name__} as it is")
+    method_config(method, preset, options)
+    attributes = {"method": method, "preset": preset, "method_args": options, "own_loss": False, "__doc__": trainer.__doc__}
+    return type(f"ForwardOnly{trainer.__name__}", (ForwardOnlyMixin, trainer), attributes)
+
+
+class Trainer(ForwardOnlyMixin, transformers.Trainer):
+    """The Trainer of a run: every method, our loss at label positions only, our evaluation.
+
+    `evaluation` maps a dataset to metrics (see `smidgen.evaluate`); by default only the loss is computed.
+    """
+
+    own_loss = True
+
+    def __init__(self, *args: Any, evaluation: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._evaluation = evaluation
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Token-weighted loss, and the task's metric where rows have answers, at theta + offset."""
+        assert self.engine is not None
+        if self._evaluation is None:
+            raise ConfigError("this Trainer has no evaluation: pass evaluation=, or set eval_strategy='no'")
+        found = self._evaluation(self.engine, self.stepper.offset())
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
