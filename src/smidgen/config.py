@@ -67,13 +67,13 @@ class ConfigError(UserError, ValueError):
     exit_code = 2
 
 
-class MemoryRefused(UserError):
+class MemoryRefused(UserError):  # noqa: N818 - what happened, not what broke
     """The run does not fit in memory."""
 
     exit_code = 3
 
 
-class Diverged(UserError):
+class Diverged(UserError):  # noqa: N818 - what happened, not what broke
     """Too many steps without a finite loss."""
 
     exit_code = 4
@@ -85,7 +85,7 @@ class DataError(UserError, ValueError):
     exit_code = 5
 
 
-class Interrupted(UserError):
+class Interrupted(UserError):  # noqa: N818 - what happened, not what broke
     """Stopped by a signal with everything journalled: the same command with --resume goes on."""
 
     exit_code = 75
@@ -147,9 +147,9 @@ class TrainConfig(BaseModel):
     warmup_steps: float = Field(0, ge=0, description="steps of linear warm-up; below 1: a share of all steps")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping of methods with back-propagation; 0: off")
-    logging_steps: float = Field(10, gt=0, description="steps between two log lines; below 1: a share of all steps")
-    eval_steps: float | None = Field(None, gt=0, description="steps between two evaluations; none: before and after")
-    save_steps: float | None = Field(None, gt=0, description="steps between two checkpoints; none: at the end")
+    logging_steps: float | None = Field(None, gt=0, description="steps between two log lines; none: a 50th of the run")
+    eval_steps: float | None = Field(None, gt=0, description="steps between two evaluations; none: a fifth of the run")
+    save_steps: float | None = Field(None, gt=0, description="steps between two checkpoints; none: chosen for the method")
     save_total_limit: int | None = Field(2, ge=1, description="checkpoints that are kept")
     report_to: str | list[str] = Field("none", description="trackers, as in transformers")
     push_to_hub: bool = Field(False, description="upload the result")
@@ -212,7 +212,7 @@ class RunConfig(BaseModel):
     scheme_args: dict[str, Any] = Field({}, description="options of the scheme")
 
     train: TrainConfig = Field(
-        default_factory=TrainConfig, description="names of transformers.TrainingArguments, unchanged"
+        default_factory=lambda: TrainConfig.model_validate({}), description="names of transformers.TrainingArguments, unchanged"
     )
 
     seed: int = Field(0, ge=0, lt=2**64, description="addresses all noise, the row order and new heads; 64 bits")
@@ -369,11 +369,7 @@ def _read_file(path: Path) -> _Layer:
         close = nearest(path.name, beside)
         raise ConfigError(
             f"there is no configuration file '{path}'"
-            + (
-                f": did you mean '{path.parent / close}'?"
-                if close
-                else ": a file ends in .yaml; `smidgen init` writes one"
-            )
+            + (f": did you mean '{path.parent / close}'?" if close else ": a file ends in .yaml; `smidgen init` writes one")
         )
     try:
         loader = _yaml().loader(path.read_text(encoding="utf-8-sig"))
@@ -388,9 +384,7 @@ def _read_file(path: Path) -> _Layer:
         raise ConfigError(f"{path}:1: a configuration is 'key: value' lines, found {_show(values)}")
     lines = dict(_lines(node, (), path)) if node is not None else {}
     layer = _flatten((), values, str(path))
-    return {
-        where: (value, f"{path}:{lines[where]}" if where in lines else place) for where, (value, place) in layer.items()
-    }
+    return {where: (value, f"{path}:{lines[where]}" if where in lines else place) for where, (value, place) in layer.items()}
 
 
 def _lines(node: Any, where: _KeyPath, path: Path) -> Iterable[tuple[_KeyPath, int]]:
@@ -435,9 +429,7 @@ def _canonical(layer: _Layer, notify: Callable[[str], None]) -> _Layer:
             hint = f"did you mean '{close}'?" if close else "`smidgen train --help` lists the keys"
             raise ConfigError(f"{place}: unknown key '{key}': {hint}")
         if where in found:
-            raise ConfigError(
-                f"{place}: '{'.'.join(where)}' is already given at {found[where][1]}: keep one of the two"
-            )
+            raise ConfigError(f"{place}: '{'.'.join(where)}' is already given at {found[where][1]}: keep one of the two")
         found[where] = (value, place)
     for where, (_, place) in layer.items():
         if where[0].startswith("lora_"):

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -64,8 +64,7 @@ _SPLIT_NAMES = {
 }
 _EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _ACCEPTED = (
-    "messages | conversations | prompt+completion | prompt+chosen+rejected | instruction(+input)+output | "
-    "text+label | text"
+    "messages | conversations | prompt+completion | prompt+chosen+rejected | instruction(+input)+output | text+label | text"
 )
 
 
@@ -128,7 +127,7 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
         raise DataError(f"the folder '{path}' holds no data file: it may hold {' '.join(_EXTENSIONS)}")
     found: dict[str, list[Path]] = {}
     for split, spellings in _SPLIT_NAMES.items():
-        pattern = re.compile(rf"(?:{'|'.join(spellings)})(?:[-_.].*)?$", re.IGNORECASE)
+        pattern = re.compile(rf"(?:{'|'.join(spellings)})(?:[-_.]?\d.*)?$", re.IGNORECASE)  # shards are numbered
         if chosen := [file for file in files if pattern.match(file.stem)]:
             found[split] = chosen
     return found or {"train": files}
@@ -205,7 +204,7 @@ def _read_text(path: Path) -> list[Row]:
         return []
     if len(content) == content[-1] - content[0] + 1:
         return [Row({"text": lines[number - 1]}, f"{path}:{number}") for number in content]
-    rows = []
+    rows: list[Row] = []
     for number in content:
         if rows and lines[number - 2].strip():
             rows[-1]["text"] += "\n" + lines[number - 1]
@@ -260,8 +259,8 @@ def _ask_hub(name: str, ask: Callable[[], Any]) -> Any:
 # ---------------------------------------------------------------------------------------------------- splits
 
 
-def row_hash(row: Mapping[str, Any], salt: str) -> int:
-    """64 bits of SHA-256 over a row's content: the same on every machine, in any order of rows."""
+def row_hash(row: Any, salt: str) -> int:
+    """64 bits of SHA-256 over a row's content, as JSON with sorted keys: the same on every machine."""
     text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.sha256(f"{salt}\n{text}".encode()).digest()[:8], "big")
 
@@ -282,12 +281,19 @@ def split_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return train, [row for row, value in zip(rows, hashes, strict=True) if value in chosen]
 
 
-def take(rows: list[Row], count: int | None) -> list[Row]:
-    """`count` rows, those with the smallest hashes, in their order: the same for every seed, nested in larger counts."""
-    if count is None or count >= len(rows):
-        return rows
-    order = sorted(range(len(rows)), key=lambda index: (row_hash(rows[index], "take"), index))
-    return [rows[index] for index in sorted(order[:count])]
+Item = TypeVar("Item")
+
+
+def take(items: list[Item], count: int | None, content: Callable[[Item], Any] = lambda item: item) -> list[Item]:
+    """`count` items, those with the smallest hashes, in order: the same for every seed, nested in larger counts.
+
+    content: what is hashed of an item, as JSON.
+    """
+    if count is None or count >= len(items):
+        return items
+    hashes = [row_hash(content(item), "take") for item in items]
+    order = sorted(range(len(items)), key=lambda index: (hashes[index], index))
+    return [items[index] for index in sorted(order[:count])]
 
 
 def mix(parts: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> list[Row]:
@@ -310,7 +316,6 @@ class _Splits:
 
     data: Sequence[str | Source]
     eval_data: DataSpec | None
-    limits: Mapping[str, int | None]
     seed: int
     notify: Callable[[str], None]
     _read: dict[str, list[Row]] = field(default_factory=dict)
@@ -319,11 +324,12 @@ class _Splits:
         split = canonical_split(split)
         if split not in self._read:
             if split == "test":
-                self._read[split] = take(read_rows(self.data, "test"), self.limits[split])
+                self._read[split] = read_rows(self.data, "test")
             elif split == "validation" and self.eval_data is not None:
                 named = has_split(self.eval_data, "validation")
-                rows = read_rows(self.eval_data, "validation" if named else None)
-                self._read[split] = take(rows, self.limits[split])
+                self._read[split] = read_rows(self.eval_data, "validation" if named else None)
+            elif split == "validation" and has_split(self.data, "validation"):
+                self._read[split] = read_rows(self.data, "validation")
             else:
                 self._read_training()
         return self._read[split]
@@ -344,9 +350,9 @@ class _Splits:
                     self.notify(f"{name}: {len(out)} of {everything} rows held out for evaluation, by row hash")
             parts.append(rows)
         weights = [source.weight if isinstance(source, Source) else 1.0 for source in self.data]
-        self._read["train"] = take(mix(parts, weights, self.seed), self.limits["train"])
+        self._read["train"] = mix(parts, weights, self.seed)
         if self.eval_data is None:
-            self._read["validation"] = take(held, self.limits["validation"])
+            self._read.setdefault("validation", held)
 
 
 @dataclass
@@ -356,6 +362,7 @@ class Corpus:
     name: str
     task: Task | None
     rows: Callable[[str], list[Row]]
+    limits: Mapping[str, int | None] = field(default_factory=dict)
     notify: Callable[[str], None] = notice
 
     @property
@@ -364,14 +371,19 @@ class Corpus:
         return self.task.words if self.task is not None else None
 
     def examples(self, split: str) -> list[Example | Chat]:
-        """Examples of 'train', 'validation' (or 'dev') or 'test'. Raises DataError."""
+        """Examples of 'train', 'validation' (or 'dev') or 'test', as many as the run wants. Raises DataError."""
         split = canonical_split(split)
         if self.task is not None:
-            return list(self.task.examples(split))
-        found, remarks = to_examples(self.rows(split))
-        for line in remarks:
-            self.notify(f"{self.name}, {split}: {line}")
-        return found
+            found: list[Example | Chat] = list(self.task.examples(split))
+        else:
+            found, remarks = to_examples(self.rows(split))
+            for line in remarks:
+                self.notify(f"{self.name}, {split}: {line}")
+        return take(found, self.limits.get(split), _content)
+
+
+def _content(example: Example | Chat) -> Any:
+    return list(example.messages) if isinstance(example, Chat) else [example.prompt, example.answer]
 
 
 def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) -> Corpus:
@@ -387,7 +399,7 @@ def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) ->
     chosen = {key: value for key in ("template", "words") if (value := getattr(config, key)) is not None}
     sources: Sequence[str | Source] = [data] if isinstance(data, str) else data or []
     limits = {"train": config.train_rows, "validation": config.dev_rows, "test": config.test_rows}
-    splits = _Splits(sources, config.eval_data, limits, config.seed, notify)
+    splits = _Splits(sources, config.eval_data, config.seed, notify)
     title = ", ".join(source.path if isinstance(source, Source) else source for source in sources)
     if name is None:
         columns = _columns(splits.rows("train"))
@@ -399,11 +411,11 @@ def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) ->
                 "add a column label, or leave it out"
             )
         else:
-            return Corpus(title, None, splits.rows, notify)
+            return Corpus(title, None, splits.rows, limits, notify)
     task = _build_task(name, chosen, title or None)
     splits.data = sources or [task.source]
     task.read = lambda source, split: splits.rows(split)
-    return Corpus(name if name != "labelled" else title, task, splits.rows, notify)
+    return Corpus(name if name != "labelled" else title, task, splits.rows, limits, notify)
 
 
 def _build_task(name: str, chosen: Mapping[str, Any], source: str | None) -> Task:
@@ -466,12 +478,15 @@ def _free(row: Row, remarks: Counter[str]) -> Example | Chat:
 
 
 def _rename(columns: Iterable[str]) -> str:
-    """The way out: which column is probably a misspelled one."""
+    """The way out: which column is probably one of ours under another name."""
+    spelled = {"question": "prompt", "query": "prompt", "answer": "completion", "response": "completion"}
+    spelled |= {"sentence": "text", "content": "text", "document": "text", "dialog": "messages"}
+    if "label" in columns:
+        return "give a `template` that shows the columns, such as '{sentence}\\nLabel: {answer}'"
     known = ["messages", "conversations", "prompt", "completion", "chosen", "instruction", "output", "text"]
-    for column in sorted(columns):
-        if column not in known and (close := nearest(column, known)):
-            return f"is '{column}' meant as '{close}'?"
-    return "rename the columns, or give a `template` for rows with a label"
+    meant = {column: spelled.get(column) or nearest(column, known) for column in sorted(set(columns) - {*known, "context"})}
+    found = [f"'{column}' to '{name}'" for column, name in meant.items() if name]
+    return f"rename {', '.join(found)}" if found else "rename the columns"
 
 
 def _text(row: Row, column: str) -> str:
@@ -504,9 +519,7 @@ def _instruction(row: Row) -> Example:
     opening = "Below is an instruction that describes a task"
     if context:
         opening += ", paired with an input that provides further context"
-    prompt = (
-        f"{opening}. Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
-    )
+    prompt = f"{opening}. Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
     if context:
         prompt += f"### Input:\n{context}\n\n"
     return Example(prompt=prompt + "### Response:", answer="\n" + _text(row, "output"))
@@ -556,7 +569,7 @@ class _Draft:
         return last
 
 
-class Encoded(Sequence[dict[str, Any]]):
+class Encoded:
     """Encoded rows, list-like: ``rows[i]`` is a dict of python lists (ids are kept as 4-byte integers).
 
     kind; max_length; choices: token ids of the options where every option is one token, the same for all rows;
@@ -589,9 +602,7 @@ class Encoded(Sequence[dict[str, Any]]):
     def _add(self, index: int, option: int, **columns: Sequence[int] | int) -> None:
         self.index.append(index)
         self.option.append(option)
-        self._rows.append(
-            {key: value if isinstance(value, int) else array("i", value) for key, value in columns.items()}
-        )
+        self._rows.append({key: value if isinstance(value, int) else array("i", value) for key, value in columns.items()})
 
 
 def choose_max_length(lengths: Sequence[int], context: int | None) -> int:
@@ -673,9 +684,7 @@ def encode_options(
     return encoded
 
 
-def encode_prompts(
-    examples: Sequence[Example | Chat], tokenizer: Any, kind: str, max_length: int | None = None
-) -> Encoded:
+def encode_prompts(examples: Sequence[Example | Chat], tokenizer: Any, kind: str, max_length: int | None = None) -> Encoded:
     """Prompts alone, to be continued by generation ('causal', 'seq2seq'); the left is cut beyond max_length."""
     head, foot = _frame(tokenizer)
     prompts = [_question(example, tokenizer)[0] for example in examples]
@@ -709,9 +718,7 @@ def _place(encoded: Encoded, draft: _Draft, cut: Counter[str], reserve: int = 0)
             cut["longer than {limit} tokens, the left of the prompt is cut"] += 1
         if len(draft.target) > limit:
             cut["an answer longer than {limit} tokens, its right is cut"] += 1
-        encoded._add(
-            draft.index, draft.option, input_ids=draft.head + ids[-room:] + draft.foot, labels=draft.target[:limit]
-        )
+        encoded._add(draft.index, draft.option, input_ids=draft.head + ids[-room:] + draft.foot, labels=draft.target[:limit])
         return
     core = draft.core
     if len(ids) > room and kind == "causal" and core == 0 and not reserve:
@@ -929,9 +936,7 @@ def _seq2seq_drafts(examples: Sequence[Example | Chat], tokenizer: Any) -> Draft
             empty += 1
             continue
         if not ids:
-            raise DataError(
-                f"example {index + 1} has an answer and no prompt: a seq2seq model needs one; use a causal model"
-            )
+            raise DataError(f"example {index + 1} has an answer and no prompt: a seq2seq model needs one; use a causal model")
         target = list(tokenizer(text_target=answer)["input_ids"])
         if tokenizer.eos_token_id is not None and target[-1] != tokenizer.eos_token_id:
             target.append(tokenizer.eos_token_id)
@@ -939,9 +944,7 @@ def _seq2seq_drafts(examples: Sequence[Example | Chat], tokenizer: Any) -> Draft
     return drafts, None, [f"{empty} of {len(examples)} rows: no answer to learn from, left out"] if empty else []
 
 
-def _encode_classes(
-    examples: Sequence[Example | Chat], tokenizer: Any, max_length: int | None, context: int | None
-) -> Encoded:
+def _encode_classes(examples: Sequence[Example | Chat], tokenizer: Any, max_length: int | None, context: int | None) -> Encoded:
     """Rows for sequence classification: one or two texts, cut as the tokenizer cuts."""
     rows = _labelled(examples, "classification")
     first = [example.text[0] if example.text else example.prompt for example in rows]
@@ -1029,7 +1032,7 @@ class Collator:
 
     Pads at the left for 'causal', so that answers end at one position, else at the right. choices: token ids that the
     batch carries along, [C]. position_ids: count positions from the first real token; needed by models that number
-    positions by place (GPT-2, GPT-Neo), harmless for the others that accept them.
+    positions by place (GPT-2, GPT-Neo); ignored for other kinds, which are padded at the right.
     """
 
     pad_id: int
@@ -1054,7 +1057,7 @@ class Collator:
                 batch["labels"] = torch.tensor(labels)
             else:
                 batch["labels"] = self._pad(labels, max(len(row) for row in labels), IGNORED)
-        if self.position_ids:
+        if self.position_ids and self.kind == "causal":
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_(min=0)
         if self.choices is not None:
             batch["choices"] = torch.tensor(self.choices)

@@ -84,6 +84,7 @@ class ModelObjective:
             for batch in self.batches:
                 loss = self.engine.differentiable(batch).nll.sum()
                 (loss / weight).backward()
+                self.engine.backwards += 1
                 total += loss.detach().double().item()
         finally:
             model.train(mode)

@@ -184,6 +184,7 @@ class Engine:
         self.model, self.view, self.kind = model, view, kind
         self.forwards = 0  # model evaluations so far
         self.tokens = 0  # input tokens of those evaluations
+        self.backwards = 0  # back-propagations so far
         self._entries = {id(e.tensor): e for e in view}
         self._names = {id(m): n for n, m in model.named_modules()}
         self._modules = dict(model.named_modules())

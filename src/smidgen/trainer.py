@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smidgen import journal, noise, optim
 from smidgen.config import ConfigError, Diverged, nearest, notice
+from smidgen.folder import INIT, JOURNAL
 from smidgen.models import state_sha256
 from smidgen.objective import CalledObjective, ModelObjective, Objective, Recorded, Reduced, Replayed
 from smidgen.optim._optimizer import Optimizer
@@ -33,10 +34,6 @@ from smidgen.params import ParamView, canonical
 from smidgen.probing import Batch, Engine
 
 log = logging.getLogger("smidgen")
-
-JOURNAL = "journal.bin"
-INIT = "init.safetensors"
-
 
 def method_config(method: str, preset: str | None, options: dict[str, Any]) -> Any:
     """A method's validated options: its defaults, then the preset, then `options`. Raises ConfigError."""
@@ -67,9 +64,10 @@ def _optimizer_class(module: Any) -> type[Optimizer]:
     return module.build
 
 
-def header(method: str, config: Any, view: ParamView, base: str, init: str | None, device: torch.device) -> dict[str, Any]:
+def header(method: str, config: Any, view: ParamView, base: str, init: str | None, device: torch.device, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a journal must know to be replayed, and to be refused on another base."""
     return {
+        **(facts or {}),
         "method": method,
         "method_config": config.model_dump(mode="json"),
         "groups": 1,
@@ -153,7 +151,8 @@ class ForwardOnlyMixin:
     kind: how labels meet logits, for smidgen's own loss;
     own_loss: False calls the trainer's `compute_loss` unchanged;
     view, fresh: the tuned tensors (default: all with requires_grad), and the names of those that are not in the base;
-    max_bad_steps: bad steps in a row before the run ends as diverged.
+    max_bad_steps: bad steps in a row before the run ends as diverged;
+    facts: further entries of the journal's header.
     """
 
     method = "zo_sgd"
@@ -171,6 +170,7 @@ class ForwardOnlyMixin:
         view: ParamView | None = None,
         fresh: Iterable[str] | None = None,
         max_bad_steps: int = 20,
+        facts: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.method = method or self.method
@@ -188,8 +188,9 @@ class ForwardOnlyMixin:
             raise ConfigError(f"{training.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one")
         training.max_grad_norm = 0.0  # clipping belongs to the method
         training.logging_nan_inf_filter = False  # a NaN is shown as a NaN
-        self.kind, self._view, self._fresh, self.max_bad_steps = kind, view, fresh, max_bad_steps
+        self.kind, self._view, self._fresh, self.max_bad_steps, self._facts = kind, view, fresh, max_bad_steps, facts
         self.engine: Engine | None = None
+        self.bad_steps = 0  # in the whole run
         self._micro: list[Batch] = []
         self._checked = False
         self._past: list[journal.Record] = []
@@ -241,14 +242,14 @@ class ForwardOnlyMixin:
             fresh = self._fresh if self._fresh is not None else (view.entries if hasattr(model, "peft_config") else ())
             init = save_init(view, list(fresh), folder) if fresh and leader else None
             if leader:
-                head = header(self.method, self.method_config, view, base_sha256(model), init, device)
+                head = header(self.method, self.method_config, view, base_sha256(model), init, device, self._facts)
                 self._writer = journal.Writer.create(path, head)
             return None
         if not path.exists():
             raise ConfigError(f"nothing to resume: {path} does not exist")
         transcript = journal.read(path)
         init = load_init(view, folder)
-        ours = header(self.method, self.method_config, view, base_sha256(model), init, device)
+        ours = header(self.method, self.method_config, view, base_sha256(model), init, device, self._facts)
         check_header(transcript.header, ours, path)
         if (line := transcript.cut_notice()) is not None:
             notice(line)
@@ -280,6 +281,9 @@ class ForwardOnlyMixin:
             if record.lrs != lrs:
                 raise ConfigError(f"the journal's step {t} has learning rate {record.lrs[0]}, this run {lrs[0]}: resume unchanged")
             loss = opt.step(Replayed(record.values))
+            assert self.engine is not None  # the forwards of the first start count for the whole run
+            self.engine.forwards += len(record.values) * len(batches)
+            self.engine.tokens += len(record.values) * sum(b["input_ids"].numel() for b in batches if "input_ids" in b)
         elif self.backward:
             loss = opt.step(self._objective(batches, items))
         else:
@@ -289,6 +293,8 @@ class ForwardOnlyMixin:
             if self._writer is not None:
                 flags = 0 if opt.outcome.written else journal.BAD
                 self._writer.append([g["lr"] for g in opt.param_groups], recorded.values, flags)
+        assert opt.outcome is not None
+        self.bad_steps += not opt.outcome.written
         if opt.bad_steps >= self.max_bad_steps:
             raise Diverged(
                 f"{opt.bad_steps} steps in a row had no finite loss (the last is step {t}): "
@@ -382,13 +388,35 @@ class Trainer(ForwardOnlyMixin, transformers.Trainer):
     def __init__(self, *args: Any, evaluation: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._evaluation = evaluation
+        self._measured: dict[int, tuple[int, dict[str, float]]] = {}
+
+    def measure(self, evaluation: Callable[..., dict[str, float]]) -> dict[str, float]:
+        """An evaluation at theta + offset, made once a step; its forwards are not counted as the run's."""
+        self.create_optimizer()
+        assert self.engine is not None
+        step = self.stepper.t
+        if self._measured.get(id(evaluation), (None, None))[0] == step:
+            return self._measured[id(evaluation)][1]
+        counted = self.engine.forwards, self.engine.tokens
+        try:
+            found = evaluation(self.engine, self.stepper.offset())
+            self._measured[id(evaluation)] = (step, found)
+            return found
+        finally:
+            self.engine.forwards, self.engine.tokens = counted
+
+    def mark_end(self) -> None:
+        """Write into the journal that the run ended by itself."""
+        if self._writer is not None:
+            with journal.Writer.resume(journal.read(self._writer.path)) as writer:
+                writer.end()
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Token-weighted loss, and the task's metric where rows have answers, at theta + offset."""
         assert self.engine is not None
         if self._evaluation is None:
             raise ConfigError("this Trainer has no evaluation: pass evaluation=, or set eval_strategy='no'")
-        found = self._evaluation(self.engine, self.stepper.offset())
+        found = self.measure(self._evaluation)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

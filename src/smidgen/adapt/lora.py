@@ -32,8 +32,9 @@ EXPORTS = {
 class Config(SchemeConfig):
     """Options of LoRA."""
 
-    r: int = Field(8, ge=1, description="rank")
+    rank: int = Field(8, ge=1, description="rank r of the product")
     alpha: float = Field(16.0, gt=0, description="scale: the product is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters; off in forward-only methods")
     target_modules: list[str] | str | None = Field(
         None, description="modules that get an adapter; PEFT's choice for the model type, else all linear layers"
     )
@@ -46,7 +47,7 @@ class LoRA:
         import peft
 
         heads = sorted({name.partition(".")[0] for name in fresh})
-        options: dict[str, Any] = {"r": config.r, "lora_alpha": config.alpha, "lora_dropout": 0.0}
+        options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
         if heads:
             options["modules_to_save"] = heads
         with torch.random.fork_rng(devices=[]):

@@ -1,13 +1,13 @@
 """Pre-train the embedded causal language model: a Llama of 2 million parameters, from nothing, on one CPU core.
 
 Text: TinyStories and tiny Shakespeare from a folder that the caller names, and the documents of ``make_data.py``.
-Recipe: byte-level BPE of 2048 tokens; windows of 256 tokens cut from the shuffled, concatenated documents ``<s> text </s>``,
-each window seen once; AdamW, linear warm-up, cosine decay to a tenth; forward and backward in bfloat16 autocast, weights
+Recipe: byte-level BPE of 2048 tokens; one document ``<s> text </s>`` a sequence, batches of 1024 tokens, generated documents
+seen once; AdamW, linear warm-up, cosine decay to a tenth; forward and backward in bfloat16 autocast, weights
 and state in float32; stored as float16, loaded as float32. Seeded; the same machine, versions and thread count give the same
 weights. Cost: about 6 floating-point operations a weight and token for 2 million weights, some 0.6 GB of memory.
 It does not search hyper-parameters: every constant below is chosen, not tuned, unless it says otherwise.
 
-    python -m smidgen.embedded.pretrain --data DATA --to FOLDER [--tokens 13e6] [--threads 1]
+    python -m smidgen.embedded.pretrain --data DATA --to FOLDER [--tokens 8e6] [--threads 1]
 
 DATA holds ``tinystories/{train,validation}.jsonl`` and ``tiny_shakespeare/train.jsonl``, rows {"text": ...}.
 FOLDER gets the model; it is also written every SAVE_SECONDS, file by file through a temporary name.
@@ -31,13 +31,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smidgen.embedded.make_data import corpus
+from smidgen.embedded.make_data import SIMPLE, TEXT_SEED, corpus
 
-VOCAB, CONTEXT, BATCH = 2048, 256, 8
+VOCAB, CONTEXT = 2048, 256
+BATCH_TOKENS, POOL = 1024, 256  # padded tokens a step; documents sorted by length together
 PAD = 0  # the first special token
-LR, FINAL, WARMUP, DECAY, CLIP = 3e-3, 0.1, 200, 0.1, 1.0
-STORY_EPOCHS, SHAKESPEARE_EPOCHS = 6, 1  # how often each real document is used
-SEED, SAVE_SECONDS = 0, 300
+LR, FINAL, WARMUP, DECAY, CLIP = 2e-3, 0.1, 300, 0.1, 1.0
+SIMPLE_SHARE = 0.12
+STORY_EPOCHS, SHAKESPEARE_EPOCHS = 4, 1  # how often each real document is used
+SEED, SAVE_SECONDS = 0, 120
 # Words that prompts answer with: each becomes one token.
 ANSWERS = "great terrible good bad positive negative yes no true false maybe world sports business science"
 CHAT = (  # the prompt ends without a space, because the answer's first token carries it
@@ -56,14 +58,14 @@ def read_texts(path: Path) -> list[str]:
 def real_documents(data: Path) -> list[str]:
     """Every story STORY_EPOCHS times, and Shakespeare in pieces of about 800 characters."""
     blocks = read_texts(data / "tiny_shakespeare" / "train.jsonl")[0].split("\n\n")
-    pieces = [""]
+    scenes = [""]
     for block in blocks:
-        pieces[-1] += block + "\n\n"
-        if len(pieces[-1]) > 800:
-            pieces.append("")
+        scenes[-1] += block + "\n\n"
+        if len(scenes[-1]) > 800:
+            scenes.append("")
     return (
         read_texts(data / "tinystories" / "train.jsonl") * STORY_EPOCHS
-        + [piece.strip() for piece in pieces if piece.strip()] * SHAKESPEARE_EPOCHS
+        + [scene.strip() for scene in scenes if scene.strip()] * SHAKESPEARE_EPOCHS
     )
 
 
@@ -93,19 +95,52 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def training_windows(tokenizer: PreTrainedTokenizerFast, real: list[str], tokens: int) -> Tensor:
-    """int64 [windows, CONTEXT]: real documents, filled up to `tokens` with generated ones, shuffled, cut."""
+def pieces(rows: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids without <s> -> sequences ``<s> ... </s>`` of at most CONTEXT tokens; long texts are cut into several."""
+    cut = []
+    for row in rows:
+        row = [*row, tokenizer.eos_token_id]
+        cut += [[tokenizer.bos_token_id, *row[at : at + CONTEXT - 1]] for at in range(0, len(row), CONTEXT - 1)]
+    return cut
+
+
+def training_batches(tokenizer: PreTrainedTokenizerFast, real: list[str], tokens: int) -> list[list[list[int]]]:
+    """Simple generated documents for SIMPLE_SHARE of `tokens`, then real ones and the whole mix, in batches of like length.
+
+    One sequence holds one document: packed together, documents distract each other, and praise and blame are learned
+    many times later (measured).
+    """
+
+    def encoded(documents: Iterator[str], wanted: int) -> list[list[int]]:
+        rows: list[list[int]] = []
+        while wanted > 0:
+            fresh = pieces(tokenizer(list(islice(documents, 2048)), add_special_tokens=False)["input_ids"], tokenizer)
+            wanted -= sum(map(len, fresh))
+            rows += fresh
+        return rows
+
     rng = random.Random(SEED)
-    rows = tokenizer(real)["input_ids"]
-    count = sum(map(len, rows))
-    generated: Iterator[str] = corpus(10**12)
-    while count < tokens:
-        fresh = tokenizer(list(islice(generated, 4096)))["input_ids"]
-        rows += fresh
-        count += sum(map(len, fresh)) + len(fresh)
+    simple = encoded(corpus(10**12, SIMPLE, TEXT_SEED + 1), int(SIMPLE_SHARE * tokens))
+    rows = pieces(tokenizer(real, add_special_tokens=False)["input_ids"], tokenizer)
+    rows += encoded(corpus(10**12), tokens - sum(map(len, simple)) - sum(map(len, rows)))
     rng.shuffle(rows)
-    flat = torch.tensor([token for row in rows for token in (*row, tokenizer.eos_token_id)], dtype=torch.int16)
-    return flat[: min(tokens, len(flat)) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    rows = simple + rows
+    batches: list[list[list[int]]] = []
+    for start in range(0, len(rows), POOL):
+        pool: list[list[list[int]]] = [[]]
+        for row in sorted(rows[start : start + POOL], key=len):
+            if len(row) * (len(pool[-1]) + 1) > BATCH_TOKENS:
+                pool.append([])
+            pool[-1].append(row)
+        rng.shuffle(pool)
+        batches += pool
+    return batches
+
+
+def padded(rows: list[list[int]]) -> Tensor:
+    """int64 [rows, longest]. Padding stands on the right, so causal attention never sees it."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -151,15 +186,10 @@ def next_token_loss(model: LlamaForCausalLM, window: Tensor, reduction: str = "m
 
 @torch.no_grad()
 def held_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, float]:
-    """Mean loss on texts, cut into pieces of CONTEXT tokens that each start with <s>: nats a token, bits a character."""
-    rows = []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        for start in range(0, len(ids), CONTEXT - 1):
-            piece = ids[start : start + CONTEXT - 1]
-            rows.append([tokenizer.bos_token_id, *piece] + [tokenizer.pad_token_id] * (CONTEXT - 1 - len(piece)))
-    windows = torch.tensor(rows)
-    nats = sum(float(next_token_loss(model, part, "sum")) for part in windows.split(BATCH))
-    tokens = int((windows[:, 1:] != tokenizer.pad_token_id).sum())
+    """Loss on texts and their ends, in pieces of at most CONTEXT tokens: nats a token, bits a character."""
+    rows = pieces(tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer)
+    nats = sum(float(next_token_loss(model, padded(rows[at : at + 8]), "sum")) for at in range(0, len(rows), 8))
+    tokens = sum(len(row) - 1 for row in rows)
     return {
         "tokens": tokens,
         "nats_per_token": round(nats / tokens, 4),
@@ -186,7 +216,7 @@ def pretrain(data: Path, folder: Path, tokens: int) -> dict:
     began = saved = time.monotonic()
     real = real_documents(data)
     tokenizer = train_tokenizer(real[:: STORY_EPOCHS // 2] + list(islice(corpus(10**12), 20000)))
-    windows = training_windows(tokenizer, real, tokens)
+    batches = training_batches(tokenizer, real, tokens)
     stories = read_texts(data / "tinystories" / "validation.jsonl")
     model = new_model(tokenizer)
     untrained = held_out(model, tokenizer, stories[:20])
@@ -195,28 +225,30 @@ def pretrain(data: Path, folder: Path, tokens: int) -> dict:
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True
     )
-    steps = len(windows) // BATCH
+    steps = len(batches)
+    total = sum(map(len, (row for batch in batches for row in batch)))
     prepared = time.monotonic()
-    print(f"{windows.numel():,} tokens, {steps:,} steps, untrained {untrained}", flush=True)
-    for step in range(steps):
+    print(f"{total:,} tokens, {steps:,} steps, untrained {untrained}", flush=True)
+    seen = 0
+    for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
-        batch = windows[step * BATCH : (step + 1) * BATCH].long()
+        seen += sum(map(len, batch))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = next_token_loss(model, batch)
+            loss = next_token_loss(model, padded(batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 200 == 0:
-            rate = (step + 1) * BATCH * CONTEXT / (time.monotonic() - prepared)
+        if step % 250 == 0:
+            rate = seen / (time.monotonic() - prepared)
             print(f"step {step:5d}  loss {loss.item():.3f}  {rate:.0f} tokens/s", flush=True)
         if time.monotonic() - saved > SAVE_SECONDS or step == steps - 1:
             saved = time.monotonic()
             record = {
                 "steps": step + 1,
                 "of_steps": steps,
-                "tokens": (step + 1) * BATCH * CONTEXT,
+                "tokens": seen,
                 "seconds": round(saved - began),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "tinystories_validation": held_out(model, tokenizer, stories),
@@ -233,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train the embedded language model.")
     parser.add_argument("--data", type=Path, required=True, help="folder with tinystories/ and tiny_shakespeare/")
     parser.add_argument("--to", type=Path, required=True, help="folder that gets the model")
-    parser.add_argument("--tokens", type=float, default=13e6, help="training tokens")
+    parser.add_argument("--tokens", type=float, default=8e6, help="training tokens")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

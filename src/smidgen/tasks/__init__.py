@@ -21,8 +21,6 @@ def get(name: str) -> ModuleType:
     """The module of a task: `status`, `Config`, `build(config) -> Task`. Raises ConfigError for an unknown name."""
     if name not in names():
         close = nearest(name, names())
-        hint = (
-            f"did you mean '{close}'?" if close else f"there are {', '.join(names())}; for your own file: --data FILE"
-        )
+        hint = f"did you mean '{close}'?" if close else f"there are {', '.join(names())}; for your own file: --data FILE"
         raise ConfigError(f"unknown task '{name}': {hint}")
     return importlib.import_module(f"{__name__}.{name}")

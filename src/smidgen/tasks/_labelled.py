@@ -49,18 +49,12 @@ def parse_template(template: str) -> Template:
         elif name and name != ANSWER and not spec and not conversion:
             side.append((literal, name))
         else:
-            raise ConfigError(
-                f"template {template!r}: slot '{{{name}}}' is not a column: {{column}}s and one {{answer}}"
-            )
+            raise ConfigError(f"template {template!r}: slot '{{{name}}}' is not a column: {{column}}s and one {{answer}}")
     if after is None:
-        raise ConfigError(
-            f"template {template!r} has no {{answer}} slot: end it with one, as '{{text}}\\nLabel: {{answer}}'"
-        )
+        raise ConfigError(f"template {template!r} has no {{answer}} slot: end it with one, as '{{text}}\\nLabel: {{answer}}'")
     found = Template(tuple(before), tuple(after))
     if not found.columns:
-        raise ConfigError(
-            f"template {template!r} shows no column of the data: add one, as '{{text}}\\nLabel: {{answer}}'"
-        )
+        raise ConfigError(f"template {template!r} shows no column of the data: add one, as '{{text}}\\nLabel: {{answer}}'")
     return found
 
 
@@ -137,9 +131,7 @@ class LabelledTask:
         if found is None:
             allowed = ", ".join(words) if len(words) <= 12 else f"{', '.join(words[:12])}, ... ({len(words)} in all)"
             indices = f" or 0 to {len(words) - 1}" if self.given is not None else ""
-            way_out = (
-                "correct the row, or give `words`" if self.given is not None else "correct it, or add training rows"
-            )
+            way_out = "correct the row, or give `words`" if self.given is not None else "correct it, or add training rows"
             raise DataError(f"{row.place}: label {label!r} is not among the label words: {allowed}{indices}: {way_out}")
         return found
 

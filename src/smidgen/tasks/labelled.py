@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from smidgen.config import ConfigError
 from smidgen.tasks._labelled import LabelledTask
 
-status = "recommended"
+status = "experimental"
 
 
 class Config(BaseModel):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from smidgen.tasks._labelled import LabelledTask
 
-status = "recommended"
+status = "experimental"
 
 
 class Config(BaseModel):

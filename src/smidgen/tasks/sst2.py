@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from smidgen.tasks._labelled import LabelledTask
 
-status = "recommended"
+status = "reproduction"
 
 
 class Config(BaseModel):

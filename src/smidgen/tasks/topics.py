@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from smidgen.tasks._labelled import LabelledTask
 
-status = "recommended"
+status = "experimental"
 
 
 class Config(BaseModel):
@@ -17,9 +17,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     template: str = Field("{text} Topic: {answer}", description="prompt: column slots and one {answer} slot")
-    words: tuple[str, ...] = Field(
-        ("world", "sports", "business", "science"), description="label words of label 0, 1, 2, 3"
-    )
+    words: tuple[str, ...] = Field(("world", "sports", "business", "science"), description="label words of label 0, 1, 2, 3")
 
 
 def build(config: Config) -> LabelledTask:

@@ -1,0 +1,5 @@
+"""`python -m smidgen`: the command."""
+
+from smidgen.cli import main
+
+main()

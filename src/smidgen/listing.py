@@ -1,0 +1,50 @@
+"""What the read verbs show: methods, tasks, data."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from smidgen import data, models, optim, tasks
+from smidgen.config import RunConfig, load, notice
+
+
+def _title(module: Any) -> str:
+    return (module.__doc__ or "").strip().splitlines()[0].rstrip(".")
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """Name, status and first line of every method."""
+    return [{"name": n, "status": optim.get(n).status, "title": _title(optim.get(n))} for n in optim.names()]
+
+
+def describe_method(name: str) -> dict[str, Any]:
+    """One method: its text, options and presets. Raises ConfigError for an unknown one."""
+    module = optim.get(name)
+    fields = module.Config.model_fields
+    options = [{"name": k, "default": f.default, "description": f.description} for k, f in fields.items()]
+    return {
+        "name": name,
+        "status": module.status,
+        "text": inspect.getdoc(module),
+        "options": options,
+        "presets": getattr(module, "PRESETS", {}),
+        "suggested": getattr(module, "SUGGESTED", {}),
+    }
+
+
+def list_tasks() -> list[dict[str, Any]]:
+    """Name and first line of every task."""
+    return [{"name": n, "title": _title(tasks.get(n))} for n in tasks.names()]
+
+
+def describe_data(source: str, *, model: str, kind: str, row: int, max_length: int | None) -> dict[str, Any]:
+    """Lengths and one encoded row of a data set, as `smidgen.data.describe` gives them."""
+    config: RunConfig = load(None, [], {"data": source, "model": model})
+    corpus = data.open_corpus(config, notify=notice)
+    model_config = models.load_config(model)
+    tokenizer = models.load_tokenizer(model)
+    chosen = models.detect_kind(model_config, corpus.words is not None) if kind == "auto" else kind
+    context = models.context_length(model_config, tokenizer)
+    encoded = data.encode(corpus.examples("train"), tokenizer, chosen, max_length, context=context)
+    return data.describe(encoded, tokenizer, min(row, len(encoded) - 1))

@@ -1,0 +1,403 @@
+"""Models: name -> (model, tokenizer, kind), and what can be known about a model before it is loaded.
+
+A name is a folder, a hub id, or 'embedded'. A folder never touches the network. Weights are read from safetensors only;
+code that comes with a model runs only if asked for. New heads are drawn on the CPU from the run's seed, and the global
+random state is left as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from smidgen.config import ConfigError, nearest, notice
+
+__all__ = [
+    "available_memory",
+    "context_length",
+    "describe_source",
+    "detect_kind",
+    "fresh_parameters",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+    "state_sha256",
+    "wants_position_ids",
+    "weights_bytes",
+]
+
+_CHUNK = 64 * 2**20  # bytes hashed or copied at a time; chosen
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+Kind = Literal["causal", "masked", "classification", "seq2seq"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+# These number positions from padding_idx + 1, so two of max_position_embeddings are never used.
+_OFFSET_POSITIONS = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "roberta-prelayernorm",
+    "longformer",
+    "mpnet",
+    "data2vec-text",
+    "ibert",
+    "xmod",
+    "luke",
+    "esm",
+)
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+def resolve(name: str) -> str:
+    """A model folder's path, or a hub id. Raises ConfigError for a folder that is missing or holds no model."""
+    path = Path(__file__).parent / "embedded" / "model" if name == "embedded" else Path(name).expanduser()
+    if name and path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path)
+        if (path / "adapter_config.json").is_file():
+            base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+            raise ConfigError(f"'{name}' is an adapter, not a model: give its base model ('{base}') and load it on top")
+        held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise ConfigError(f"'{name}' is no model folder: it has no config.json (it holds {held})")
+    if path.is_file():
+        raise ConfigError(f"'{name}' is a file, a model is a folder with config.json: give '{path.parent}'")
+    local = name.startswith((".", "~", "/")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()) or name == "embedded"
+    if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        close = nearest(path.name, beside)
+        hint = f"did you mean '{path.parent / close}'?" if close else "give a folder, a hub name (owner/name), or 'embedded'"
+        raise ConfigError(f"there is no model folder '{name}': {hint}")
+    return name
+
+
+def describe_source(name: str) -> str:
+    """How a model card names a model: its hub id, or its folder's name without the path."""
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration, without its weights. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    location = resolve(name)
+    with _readable(name, "its configuration"):
+        return AutoConfig.from_pretrained(location, **_origin(location, trust_remote_code))
+
+
+def _origin(location: str, trust_remote_code: bool) -> dict[str, Any]:
+    return {"local_files_only": Path(location).is_dir(), "trust_remote_code": trust_remote_code}
+
+
+@contextlib.contextmanager
+def _readable(name: str, what: str) -> Iterator[None]:
+    """Quiet transformers for a load, and turn what it raises into one sentence."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, HfHubHTTPError, SafetensorError) as error:
+        if isinstance(error, ConfigError | torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())
+        hint = "check the name and the files"
+        if "trust_remote_code" in reason:
+            hint = "the model brings code of its own: read it, then set trust_remote_code=true"
+        elif "safetensors" in reason and not isinstance(error, SafetensorError):
+            hint = "only safetensors are read, never pickles: convert the weights with save_pretrained where you trust them"
+        elif not Path(resolve(name)).is_dir():
+            hint = "check the hub name (owner/name) and the network, or give a folder"
+        raise ConfigError(f"model '{name}': {what} cannot be read ({reason[:300]}): {hint}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------- kinds
+
+
+def detect_kind(config: Any, labelled: bool) -> Kind:
+    """What a model predicts, from its architecture; labelled: whether the data have classes.
+
+    An encoder without a head becomes a classifier of labelled rows. Raises ConfigError where it cannot be told.
+    """
+    from transformers.models.auto import modeling_auto
+
+    causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    name = (config.architectures or [""])[0]
+    pretrained = name.removesuffix("ForPreTraining") + "ForMaskedLM"  # BERT's first checkpoints carry both of its heads
+    kind: Kind
+    if name.endswith("ForSequenceClassification"):
+        kind = "classification"
+    elif config.is_encoder_decoder:
+        kind = "seq2seq"
+    elif name.endswith(("ForCausalLM", "LMHeadModel")):
+        kind = "causal"
+    elif name.endswith("ForMaskedLM") or (pretrained in masked.values() and config.model_type != "electra"):
+        kind = "masked"
+    elif config.model_type in causal and config.model_type not in masked:
+        kind = "causal"
+    else:
+        kind = "classification"
+    if kind == "classification" and not labelled:
+        raise ConfigError(
+            f"{name or config.model_type} predicts classes, and the rows have no labels: give a labelled task or data with "
+            "columns text and label, or a causal or seq2seq model"
+        )
+    return kind
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, notify: Callable[[str], None] = notice) -> Any:
+    """The model's tokenizer, with a pad token. Raises ConfigError where the folder has none."""
+    from transformers import AutoTokenizer
+
+    location = resolve(name)
+    folder = Path(location)
+    # transformers makes an empty tokenizer from config.json alone
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"the model folder '{name}' has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): copy tokenizer.json and "
+            f"tokenizer_config.json of its base model there, or AutoTokenizer.from_pretrained(BASE).save_pretrained('{name}')"
+        )
+    with _readable(name, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(location, **_origin(location, trust_remote_code))
+    if tokenizer.pad_token_id is None:
+        for other in ("eos_token", "unk_token"):
+            if getattr(tokenizer, other) is not None:
+                tokenizer.pad_token = getattr(tokenizer, other)
+                notify(f"the tokenizer of '{name}' has no pad token: its {other} '{tokenizer.pad_token}' is used, masked out")
+                break
+        else:
+            raise ConfigError(f"the tokenizer of '{name}' has no pad, end or unknown token: set pad_token in its config")
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    kind: str = "auto",
+    dtype: str = "auto",
+    num_labels: int | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    notify: Callable[[str], None] = notice,
+) -> tuple[Any, Any, Kind]:
+    """(model in eval mode, tokenizer, kind), through transformers' Auto classes.
+
+    num_labels: classes of a labelled task, None where answers are free text. dtype 'auto': float32 on a CPU, else the
+    checkpoint's. Parameters that the checkpoint does not hold are drawn on the CPU from `seed` and named by `fresh_parameters`.
+    Memory: the weights once in RAM, and once on `device` if that is another. Raises ConfigError.
+    """
+    import transformers
+
+    location = resolve(name)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    chosen: Kind = detect_kind(config, num_labels is not None) if kind == "auto" else kind  # type: ignore[assignment]
+    classes = {
+        "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    }
+    if chosen not in classes:
+        raise ConfigError(f"unknown kind '{kind}': auto, {', '.join(classes)}")
+    options: dict[str, Any] = _origin(location, trust_remote_code) | {"use_safetensors": True}
+    if chosen == "classification":
+        if num_labels is None:
+            raise ConfigError("kind 'classification' needs labelled rows: give a task, or data with columns text and label")
+        options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes is replaced
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code, notify=notify)
+    wanted = _dtype(dtype, device)
+    with _readable(name, "its weights"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model, info = classes[chosen].from_pretrained(location, dtype=wanted, output_loading_info=True, **options)
+    fresh = tuple(
+        sorted({*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])})
+    )
+    _check_fit(name, model, tokenizer, fresh)
+    if fresh:
+        shown = ", ".join(fresh[:4]) + (f" and {len(fresh) - 4} more" if len(fresh) > 4 else "")
+        notify(f"{shown}: not in the checkpoint of '{name}', drawn from the seed")
+    if chosen == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last token of a row by it
+    model.smidgen_fresh = fresh
+    return model.to(device).eval(), tokenizer, chosen
+
+
+def fresh_parameters(model: Any) -> tuple[str, ...]:
+    """Names of the tensors that `load_model` drew because the checkpoint does not hold them (a new head)."""
+    return getattr(model, "smidgen_fresh", ())
+
+
+def _dtype(dtype: str, device: str | torch.device) -> Any:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else "auto"
+    if dtype not in known:
+        raise ConfigError(f"unknown dtype '{dtype}': auto, {', '.join(known)}")
+    return known[dtype]
+
+
+def _check_fit(name: str, model: Any, tokenizer: Any, fresh: tuple[str, ...]) -> None:
+    tensors = model.state_dict()
+    if len(fresh) > len(tensors) / 2:
+        raise ConfigError(
+            f"{len(fresh)} of the {len(tensors)} tensors of {type(model).__name__} are not in the weights of '{name}': "
+            "config.json and weights belong to different models"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    marks = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
+    if tokenizer.vocab_size > rows or any(mark is not None and mark >= rows for mark in marks):
+        raise ConfigError(
+            f"the tokenizer of '{name}' has {len(tokenizer)} tokens and the model {rows}: they belong to different models"
+        )
+
+
+def wants_position_ids(model: Any) -> bool:
+    """Whether left-padded rows need position_ids (a Collator option): forward takes them, counted from 0.
+
+    Models of RoBERTa's family number positions by the padding token themselves. A PEFT model answers as its base.
+    """
+    import peft
+
+    base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return "position_ids" in inspect.signature(base.forward).parameters and base.config.model_type not in _OFFSET_POSITIONS
+
+
+# ---------------------------------------------------------------------------------------------------- sizes
+
+
+def context_length(config: Any, tokenizer: Any = None) -> int | None:
+    """Positions that a model can read, or None where its architecture sets no limit (relative positions)."""
+    values = config.get_text_config().to_dict()
+    found = None
+    if config.model_type not in ("t5", "mt5", "umt5", "longt5", "bloom"):
+        for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
+            if isinstance(values.get(key), int) and values[key] > 0:
+                found = values[key]
+                break
+    if found is not None and config.model_type in _OFFSET_POSITIONS:
+        found -= (config.pad_token_id or 0) + 1
+    if tokenizer is not None and tokenizer.model_max_length < 10**9:  # transformers writes 1e30 for "no limit"
+        found = min(found or tokenizer.model_max_length, tokenizer.model_max_length)
+    return found
+
+
+def weights_bytes(
+    name: str, dtype: str = "auto", device: str | torch.device = "cpu", *, trust_remote_code: bool = False
+) -> int:
+    """Bytes of the weights in `dtype`, without loading them.
+
+    A folder's figure is read from the headers of its safetensors files, a hub id's is counted on a model without
+    storage made from its configuration.
+    """
+    location = resolve(name)
+    wanted = _dtype(dtype, device)
+    files = sorted(Path(location).glob("*.safetensors"))
+    if files:
+        return sum(_bytes(shape, stored, wanted) for file in files for shape, stored in _header(file))
+    from transformers import AutoModel
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    with _readable(name, "its architecture"), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    stored = config.dtype or torch.float32
+    size = (stored if wanted == "auto" else wanted).itemsize
+    return sum(parameter.numel() * size for parameter in model.parameters())
+
+
+def _header(file: Path) -> list[tuple[list[int], str]]:
+    """(shape, dtype) of every tensor of a safetensors file: 8 bytes of length, then JSON."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            entries = json.loads(stream.read(length))
+        return [(entry["shape"], entry["dtype"]) for key, entry in entries.items() if key != "__metadata__"]
+    except (OSError, ValueError, struct.error, KeyError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"'{file}' is no safetensors file ({type(error).__name__}: {error}): copy it again") from None
+
+
+def _bytes(shape: list[int], stored: str, wanted: Any) -> int:
+    bits = int(re.sub(r"^\D+|_.*$", "", stored) or 8)  # F32, BF16, I64, U8, F8_E4M3, BOOL
+    floating = stored.startswith(("F", "BF"))
+    size = wanted.itemsize if floating and wanted != "auto" else bits // 8
+    return math.prod(shape) * size
+
+
+def available_memory(device: str | torch.device = "cpu") -> int:
+    """Bytes that can still be allocated: free memory of a CUDA device; RAM within the limit of the control group."""
+    import psutil
+
+    place = torch.device(device)
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0]
+    free = psutil.virtual_memory().available
+    for limit_file, used_file, cache_key in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit = int((_CONTROL_GROUP / limit_file).read_text())  # "max" where there is none
+            used = int((_CONTROL_GROUP / used_file).read_text())
+            stat = (_CONTROL_GROUP / limit_file).with_name("memory.stat").read_text()
+        except (OSError, ValueError):
+            continue
+        cache = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith(cache_key + " ")), 0)
+        free = min(free, max(0, limit - (used - cache)))  # the kernel gives file cache back
+    return free
+
+
+def state_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hex SHA-256 over name, dtype, shape and raw bytes of tensors in name order; copies at most 64 MiB at a time."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name}\n{str(tensor.dtype).removeprefix('torch.')}\n{list(tensor.shape)}\n".encode())
+        for part in _contiguous_parts(tensor):
+            raw = part.reshape(-1).view(torch.uint8)
+            for chunk in raw.split(_CHUNK):
+                digest.update(chunk.cpu().numpy())
+    return digest.hexdigest()
+
+
+def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor in row-major order as contiguous pieces; only pieces that are not yet so are copied."""
+    if tensor.is_contiguous():
+        yield tensor
+    elif tensor.dim() < 2 or tensor.numel() * tensor.element_size() <= _CHUNK:
+        yield tensor.contiguous()
+    else:
+        for row in tensor:
+            yield from _contiguous_parts(row)

@@ -1,0 +1,335 @@
+"""One run from configuration to result: what `smidgen train` does, as a function."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from smidgen import __version__, adapt, config as configuration, data, folder as folders, memory, models
+from smidgen.config import DataError, Interrupted, MemoryRefused, RunConfig, UserError, notice
+from smidgen.evaluate import Evaluation, evaluation
+from smidgen.loss import Kind
+from smidgen.params import canonical
+from smidgen.settings import choose, memory_line, options_of, scheme_config, training_arguments
+from smidgen.signals import Signals
+from smidgen.trainer import Trainer, method_config, uses_backward, weights_sha256
+
+Say = Callable[[str], None]
+
+_EVAL_LENGTH = 1024  # tokens of a row in evaluation, unless training asks for more; chosen
+
+
+@dataclass
+class Loaded:
+    """A model under its scheme, ready to be tuned."""
+
+    adapted: Any  # an `Adapted` of smidgen.adapt
+    tokenizer: Any
+    kind: Kind
+    context: int | None
+
+
+def device() -> str:
+    """Where a run computes: the first CUDA device, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(config: RunConfig, classes: int | None) -> Loaded:
+    """The model of a configuration under its scheme; classes: of labelled rows, else None. Raises ConfigError."""
+    options = scheme_config(config)
+    model, tokenizer, kind = models.load_model(
+        config.model,
+        config.kind,
+        config.dtype,
+        classes,
+        device(),
+        seed=config.seed % 2**63,
+        trust_remote_code=config.trust_remote_code,
+    )
+    scheme = adapt.get(config.scheme)
+    adapted = scheme.build(model, options, seed=config.seed % 2**63, fresh=[canonical(n) for n in models.fresh_parameters(model)])
+    return Loaded(adapted, tokenizer, kind, models.context_length(model.config, tokenizer))
+
+
+def say_aloud(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) -> dict[str, Any]:
+    """Train as configured and return the content of result.json. Everything that can be refused is refused before the
+    folder is touched. Raises UserError, whose `exit_code` is the command's."""
+    if config.resume:
+        config = folders.resumed(config)
+    scheme_config(config)
+    method_config(config.method, config.preset, config.method_args)
+    folder = Path(config.output) if config.output else folders.default_output(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if not config.resume:
+        folders.refuse_occupied(folder, config.force)
+    say(memory_line(config, device()))
+    corpus = data.open_corpus(config, notify=notice)
+    examples = corpus.examples("train")
+    if not config.resume:
+        config = choose(config, len(examples), say)
+    arguments = training_arguments(config, folder)
+    if dry_run:
+        return {"status": "dry run", "output": str(folder), "rows": len(examples), "config": configuration.dump(config)}
+    with folders.locked(folder), Signals() as signals, _explained(config, folder):
+        if config.force and not config.resume:
+            folders.clear(folder)
+        return _train(config, folder, corpus, examples, arguments, signals, say)
+
+
+@contextlib.contextmanager
+def _explained(config: RunConfig, folder: Path) -> Any:
+    """Turn the ends that a run can meet into a sentence with an exit code, and note them in result.json."""
+    try:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            raise UserError(
+                f"{error.strerror} while writing {error.filename or folder}: the steps made are kept in the journal or the "
+                f"last checkpoint; make room and run `smidgen train --resume --output {folder}`"
+            ) from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise MemoryRefused(_out_of_memory(config, error)) from error
+        except RuntimeError as error:
+            if "not enough memory" not in str(error) and "No space left" not in str(error):
+                raise
+            kind: type[UserError] = MemoryRefused if "memory" in str(error) else UserError
+            raise kind(_out_of_memory(config, error) if kind is MemoryRefused else str(error)) from error
+    except UserError as error:
+        status = {4: "diverged", 75: "interrupted"}.get(error.exit_code, "failed")
+        with contextlib.suppress(OSError):
+            folders.write_json(folder / folders.RESULT, {"status": status, "reason": str(error)})
+        raise
+
+
+def _out_of_memory(config: RunConfig, error: BaseException) -> str:
+    train = config.train
+    half, twice = max(1, train.per_device_train_batch_size // 2), 2 * train.gradient_accumulation_steps
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"out of memory with {train.per_device_train_batch_size} rows of up to {config.max_length or 'all their'} tokens ({first}): "
+        f"try --batch {half} train.gradient_accumulation_steps={twice}"
+    )
+
+
+class _Report(transformers.TrainerCallback):
+    """metrics.jsonl and one console line a log step; ends the run when a signal came."""
+
+    def __init__(self, folder: Path, signals: Signals, backward: bool, say: Say):
+        self.folder, self.signals, self.backward, self.say = folder, signals, backward, say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folders.rewind_metrics(self.folder, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = {k: v for k, v in (logs or {}).items() if k != "total_flos"}
+        folders.append_metrics(self.folder, {"step": state.global_step, **logs})
+        if "loss" in logs or any(k.startswith("eval_") for k in logs):
+            self.say(f"step {state.global_step}/{state.max_steps}  " + line(logs))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.signals.received and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            control.should_evaluate = control.should_log = False
+            control.should_save = self.backward
+
+
+def line(logs: dict[str, Any]) -> str:
+    """The measures of a log step that fit on a line."""
+    shown = ("loss", "eval_loss", "eval_accuracy", "learning_rate", "grad_norm", "zo/projected_grad")
+    return "  ".join(f"{k} {logs[k]:.4g}" for k in shown if isinstance(logs.get(k), (int, float)))
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    corpus: data.Corpus,
+    examples: list[Any],
+    arguments: transformers.TrainingArguments,
+    signals: Signals,
+    say: Say,
+) -> dict[str, Any]:
+    if config.resume:
+        folders.explain_last_end(folder)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    memory.warm_up()
+    baseline = memory.resident()
+    memory.reset_peak()
+    classes = None if corpus.words is None else len(corpus.words)
+    loaded = load(config, classes)
+    adapted, tokenizer, kind = loaded.adapted, loaded.tokenizer, loaded.kind
+    rows = data.encode(examples, tokenizer, kind, config.max_length, context=loaded.context)
+    for remark in rows.notices:
+        notice(remark)
+    if config.max_length is None:
+        say(f"max_length = {rows.max_length}  (95th percentile of the training rows, capped)")
+        config = configuration.with_values(config, {"max_length": rows.max_length})
+    positions = models.wants_position_ids(loaded.adapted.model)
+    collator = data.Collator(tokenizer.pad_token_id, kind, rows.choices, position_ids=positions)
+    splits = _splits(config, corpus, loaded, collator)
+    if not config.resume:
+        folders.write_json(folder / folders.ENVIRONMENT, environment())
+        folders.write_text(folder / folders.RESOLVED, configuration.dump(configuration.with_values(config, {"output": str(folder)})))
+    trainer = Trainer(
+        model=adapted.model,
+        args=arguments,
+        train_dataset=rows,  # type: ignore[arg-type]
+        eval_dataset=splits["dev"].rows,  # type: ignore[arg-type]
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[_Report(folder, signals, uses_backward(config.method), say)],
+        method=config.method,
+        preset=config.preset,
+        method_args=options_of(config),
+        kind=kind,
+        view=adapted.view,
+        fresh=adapted.fresh,
+        max_bad_steps=config.max_bad_steps,
+        evaluation=splits["dev"],
+        facts={"classes": classes},
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # our lines instead
+    tuned, total = adapted.view.numel(), sum(p.numel() for p in adapted.model.parameters())
+    say(f"{config.method} on {tuned:,} of {total:,} weights ({kind}, {config.scheme}): {len(rows)} rows, {arguments.max_steps} steps")
+    before = next((v["before"] for v in folders.metrics(folder) if "before" in v), None) if config.resume else None
+    if before is None:
+        before = trainer.measure(splits["dev"])
+        folders.append_metrics(folder, {"step": 0, "before": before})
+    say("before  " + line({f"eval_{k}": v for k, v in before.items()}))
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=True if config.resume else None)
+    seconds = time.perf_counter() - started
+    if signals.received and trainer.state.global_step < arguments.max_steps:
+        raise Interrupted(
+            f"stopped by {signals.received} after step {trainer.state.global_step}, nothing is lost: "
+            f"go on with `smidgen train --resume --output {folder}`"
+        )
+    peak = memory.peak() - baseline
+    trainer.save_state()
+    after = {name: trainer.measure(split) for name, split in splits.items()}
+    say("after   " + line({f"eval_{k}": v for k, v in after["dev"].items()}))
+    folders.publish(adapted, tokenizer, folder)
+    trainer.mark_end()
+    engine = trainer.engine
+    assert engine is not None
+    result = {
+        "status": "done",
+        "metric": "accuracy" if "accuracy" in before else "loss",
+        "before": before,
+        **after,
+        "steps": trainer.state.global_step,
+        "bad_steps": trainer.bad_steps,
+        "forwards": engine.forwards,
+        "backwards": engine.backwards,
+        "tokens": engine.tokens,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "tuned_weights": tuned,
+        "weights": total,
+        "kind": kind,
+        "classes": classes,
+        "weights_sha256": weights_sha256(adapted.view),
+        "config_sha256": configuration.config_sha256(config),
+        "versions": environment()["versions"],
+        "output": str(folder),
+    }
+    folders.write_json(folder / folders.RESULT, result)
+    folders.write_text(folder / folders.CARD, model_card(config, result))
+    return result
+
+
+def _splits(config: RunConfig, corpus: data.Corpus, loaded: Loaded, collator: data.Collator) -> dict[str, Evaluation]:
+    """The dev split, and the test split where the source has one."""
+    found = {}
+    longest = min(loaded.context or _EVAL_LENGTH, max(config.max_length or 0, _EVAL_LENGTH))
+    for name, split in (("dev", "validation"), ("test", "test")):
+        try:
+            found[name] = evaluation(
+                corpus,
+                split,
+                loaded.tokenizer,
+                loaded.kind,
+                max_length=longest,
+                context=loaded.context,
+                collator=collator,
+                batch_size=config.train.per_device_eval_batch_size,
+            )
+        except DataError:
+            if name == "dev":
+                raise
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine: env.json, and what a bug report needs."""
+    names = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "numba", "numpy", "safetensors", "bitsandbytes")
+    versions = {"smidgen": __version__, "python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+_AUTO = {
+    "causal": "ModelForCausalLM",
+    "masked": "ModelForMaskedLM",
+    "classification": "ModelForSequenceClassification",
+    "seq2seq": "ModelForSeq2SeqLM",
+}
+
+
+def model_card(config: RunConfig, result: dict[str, Any]) -> str:
+    """README.md of the run: how to load it, how it was made, what it reached."""
+    library, prefix = ("transformers", "Auto") if config.scheme == "full" else ("peft", "AutoPeft")
+    loader = prefix + _AUTO[result["kind"]]
+    before, after = result["before"], result["dev"]
+    figures = "\n".join(f"| {k} | {before[k]:.4f} | {after[k]:.4f} |" for k in before if k in after)
+    base = "smidgen's embedded model" if config.model == "embedded" else config.model
+    front = "" if Path(config.model).is_dir() or config.model == "embedded" else f"base_model: {config.model}\n"
+    return f"""---
+{front}library_name: {library}
+tags: [smidgen, {config.method}, {config.scheme}]
+---
+
+# {base}, tuned by {config.method} ({config.scheme})
+
+```python
+from {library} import {loader}
+
+model = {loader}.from_pretrained("{result["output"]}")
+```
+
+| dev | before | after |
+|---|---|---|
+{figures}
+
+{result["steps"]} steps, {result["forwards"]} forwards, {result["backwards"]} backwards, {result["seconds"]:.0f} s, peak memory
+{result["peak_bytes"] / 2**20:.0f} MiB over the loaded libraries. Weights sha256 `{result["weights_sha256"]}`.
+All settings are in `{folders.RESOLVED}`, versions in `{folders.ENVIRONMENT}`.
+Repeat it with `smidgen train {folders.RESOLVED} output=NEW_FOLDER`.
+"""

@@ -1,0 +1,110 @@
+"""What the user did not say: method options, steps, intervals. Each choice is printed with its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from smidgen import adapt, config as configuration, models, optim
+from smidgen.config import ConfigError, MemoryRefused, RunConfig, nearest
+from smidgen.trainer import method_config, uses_backward
+
+
+def options_of(config: RunConfig) -> dict[str, Any]:
+    """The method's options in a configuration whose choices are made."""
+    return {"seed": config.seed, **config.method_args, "lr": config.train.learning_rate}
+
+
+def choose(config: RunConfig, rows: int, say: Callable[[str], None]) -> RunConfig:
+    """Fill in what was not given and say each choice with its source. Raises ConfigError for bad options."""
+    train, method = config.train, dict(config.method_args)
+    lr = method.pop("lr", None) if train.learning_rate is None else train.learning_rate
+    backward = uses_backward(config.method)
+    if lr is None and config.preset is None:
+        suggested = getattr(optim.get(config.method), "SUGGESTED", {}).get(config.scheme, {})
+        for key, value in suggested.items():
+            if key not in method:
+                method[key] = value
+                say(f"{key} = {value}  (suggested by {config.method} for scheme {config.scheme})")
+        lr = method.pop("lr", None)
+    if train.weight_decay:
+        method.setdefault("weight_decay", train.weight_decay)
+    if backward:
+        method.setdefault("max_grad_norm", train.max_grad_norm)
+    resolved = method_config(config.method, config.preset, method if lr is None else {**method, "lr": lr})
+    if lr is None:
+        say(f"lr = {resolved.lr:g}  ({f'preset {config.preset}' if config.preset else f'default of {config.method}'})")
+    updates: dict[str, Any] = {"train.learning_rate": resolved.lr}
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    steps = train.max_steps
+    if steps is None and train.num_train_epochs is not None:
+        steps = max(1, math.ceil(train.num_train_epochs * math.ceil(rows / per_step)))
+    elif steps is None and backward:
+        steps = 3 * math.ceil(rows / per_step)
+        say(f"steps = {steps}  (3 epochs of {rows} rows, {per_step} rows a step)")
+    elif steps is None:
+        steps = 2000
+        say("steps = 2000  (default without back-propagation; the published runs take 20,000)")
+    updates["train.max_steps"] = steps
+    updates["train.num_train_epochs"] = None
+    if train.eval_steps is None:
+        updates["train.eval_steps"] = max(1, steps // 5)
+    if train.save_steps is None and backward:
+        updates["train.save_steps"] = max(1, steps // 5)
+    if "logging_steps" not in train.model_fields_set:
+        updates["train.logging_steps"] = max(1, steps // 50)
+    return configuration.with_values(config, {**updates, "method_args": method})
+
+
+def scheme_config(config: RunConfig) -> Any:
+    """The scheme's validated options. Raises ConfigError."""
+    scheme = adapt.get(config.scheme)
+    known = scheme.Config.model_fields
+    for name in config.scheme_args:
+        if name not in known:
+            raise ConfigError(f"scheme {config.scheme} has no option {name!r}; did you mean {nearest(name, known)!r}?")
+    try:
+        return scheme.Config(**config.scheme_args)
+    except ValueError as error:
+        raise ConfigError(f"scheme_args: {error}") from None
+
+
+def training_arguments(config: RunConfig, folder: Path) -> transformers.TrainingArguments:
+    """Trainer's own arguments. Raises ConfigError for a name under `train` that it does not have."""
+    train = config.train
+    known = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
+    for name in train.extra:
+        if name not in known:
+            raise ConfigError(f"train.{name}: transformers.TrainingArguments has no such field; did you mean {nearest(name, known)!r}?")
+    given = {k: v for k, v in train.model_dump(exclude={"extra"}).items() if v is not None}
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "seed": config.seed % 2**32,
+        "eval_strategy": "steps",
+        "save_strategy": "no" if train.save_steps is None else "steps",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,  # a run prints its own lines
+        "dataloader_pin_memory": False,
+        "max_grad_norm": 0.0,
+        **{k: v for k, v in given.items() if k not in ("max_grad_norm", "weight_decay")},
+        **train.extra,
+    }
+    try:
+        return transformers.TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"train: {error}") from None
+
+
+def memory_line(config: RunConfig, device: str) -> str:
+    """Estimated bytes of the weights against free memory, before loading. Raises MemoryRefused when they cannot fit."""
+    weights = models.weights_bytes(config.model, config.dtype, device, trust_remote_code=config.trust_remote_code)
+    free = models.available_memory(device)
+    text = f"memory: weights {weights / 2**30:.2f} GiB, free {free / 2**30:.1f} GiB"
+    if weights > free and not config.force:
+        raise MemoryRefused(f"{text}: the weights alone do not fit; take a smaller model or dtype bfloat16, or try with --force")
+    return text
