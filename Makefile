@@ -32,11 +32,10 @@ for script in $$scripts; do
   echo "== $$name"
   if $(PY) $$script $(2) | tee "$(1)/$$name.log" && tail -n 1 "$(1)/$$name.log" | $(PY) -m json.tool --indent 2 > "$(1)/$$name.tmp"; then
     mv "$(1)/$$name.tmp" "$(1)/$$name.json"
-    rm -f "$(1)/$$name.log"
   else
-    rm -f "$(1)/$$name.tmp"
     failed="$$failed $$name"
   fi
+  rm -f "$(1)/$$name.tmp" "$(1)/$$name.log"
 done
 endef
 
@@ -89,6 +88,7 @@ gpu: $(READY)
 	$(PY) -m pytest -m gpu $$(grep -rl --include='test_*.py' 'mark\.gpu' tests) $(ARGS) | tee "$(OUT)/tests.log" || code=$$?
 	$(PY) -c 'import json, sys; print(json.dumps({"name": "gpu_tests", "exit": int(sys.argv[1]), "summary": sys.argv[2]}))' \
 	  $$code "$$(tail -n 1 "$(OUT)/tests.log")" > "$(OUT)/tests.json"
+	rm "$(OUT)/tests.log"
 	if [ -n "$$failed" ]; then echo "no record from:$$failed" >&2; exit 1; fi
 	exit $$code
 

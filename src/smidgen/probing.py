@@ -185,6 +185,7 @@ class Engine:
         self.forwards = 0  # model evaluations so far
         self.tokens = 0  # input tokens of those evaluations
         self.backwards = 0  # back-propagations so far
+        self.bad_steps = 0  # steps without a finite loss so far
         self._entries = {id(e.tensor): e for e in view}
         self._names = {id(m): n for n, m in model.named_modules()}
         self._modules = dict(model.named_modules())
@@ -192,7 +193,6 @@ class Engine:
         self._accepted = set(inspect.signature(_unwrapped(model).forward).parameters)
         self._head = _output_head(model) if kind != "classification" else None
         self._own_head = self._head is not None and not isinstance(self._head, nn.Linear)
-        self._checked = False
         self._readers = self._owners()
 
     # -- readers ------------------------------------------------------------------------------------------------------
@@ -439,7 +439,6 @@ class Engine:
             for key, text in aliases.items():
                 self._report(key, text, self._move_up(key))
         self.forwards, self.tokens = counts
-        self._checked = True
 
     @staticmethod
     def _report(key: tuple[int, str], reason: str, reader: str) -> None:
@@ -501,7 +500,7 @@ class Engine:
         A model that post-processes its logits (soft capping, scaling) keeps its own head, applied to the label
         positions only; one line says so.
         """
-        few = _few(batch)
+        few, counts = _few(batch), (self.forwards, self.tokens)
         if self.kind == "classification":
             self.check(lambda: self._forward(few))
             return
@@ -517,7 +516,7 @@ class Engine:
                     self._own_head = theirs is None or not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
             if self._own_head:
                 log.warning("the model changes the logits after its head: the head is run whole, on label positions only")
-            self.forwards, self.tokens = 0, 0
+            self.forwards, self.tokens = counts
 
 
 class _Everything(nn.Module):

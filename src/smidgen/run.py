@@ -237,7 +237,7 @@ def _train(
         "before": before,
         **after,
         "steps": trainer.state.global_step,
-        "bad_steps": trainer.bad_steps,
+        "bad_steps": engine.bad_steps,
         "forwards": engine.forwards,
         "backwards": engine.backwards,
         "tokens": engine.tokens,

@@ -190,7 +190,6 @@ class ForwardOnlyMixin:
         training.logging_nan_inf_filter = False  # a NaN is shown as a NaN
         self.kind, self._view, self._fresh, self.max_bad_steps, self._facts = kind, view, fresh, max_bad_steps, facts
         self.engine: Engine | None = None
-        self.bad_steps = 0  # in the whole run
         self._micro: list[Batch] = []
         self._checked = False
         self._past: list[journal.Record] = []
@@ -274,16 +273,18 @@ class ForwardOnlyMixin:
         return torch.tensor(loss, device=device)
 
     def _one_step(self, batches: list[Batch], items: Any) -> float:
-        opt, t = self.stepper, self.state.global_step  # type: ignore[attr-defined]
+        opt, t, engine = self.stepper, self.state.global_step, self.engine  # type: ignore[attr-defined]
+        assert engine is not None
+        for name, count in opt.spent.items():
+            setattr(engine, name, count)
         if t < len(self._past):
             record = self._past[t]
             lrs = tuple(g["lr"] for g in opt.param_groups)
             if record.lrs != lrs:
                 raise ConfigError(f"the journal's step {t} has learning rate {record.lrs[0]}, this run {lrs[0]}: resume unchanged")
-            loss = opt.step(Replayed(record.values))
-            assert self.engine is not None  # the forwards of the first start count for the whole run
-            self.engine.forwards += len(record.values) * len(batches)
-            self.engine.tokens += len(record.values) * sum(b["input_ids"].numel() for b in batches if "input_ids" in b)
+            loss = opt.step(Replayed(record.values))  # its forwards were made by the first start, for this run
+            engine.forwards += len(record.values) * len(batches)
+            engine.tokens += len(record.values) * sum(b["input_ids"].numel() for b in batches if "input_ids" in b)
         elif self.backward:
             loss = opt.step(self._objective(batches, items))
         else:
@@ -294,7 +295,8 @@ class ForwardOnlyMixin:
                 flags = 0 if opt.outcome.written else journal.BAD
                 self._writer.append([g["lr"] for g in opt.param_groups], recorded.values, flags)
         assert opt.outcome is not None
-        self.bad_steps += not opt.outcome.written
+        engine.bad_steps += not opt.outcome.written
+        opt.spent = {name: getattr(engine, name) for name in ("forwards", "tokens", "backwards", "bad_steps")}
         if opt.bad_steps >= self.max_bad_steps:
             raise Diverged(
                 f"{opt.bad_steps} steps in a row had no finite loss (the last is step {t}): "

@@ -55,6 +55,7 @@ class Optimizer(torch.optim.Optimizer):
         self.t = 0  # steps made, bad ones included
         self.outcome: Outcome | None = None
         self.bad_steps = 0  # bad steps in a row
+        self.spent: dict[str, int] = {}  # what the steps cost so far (forwards, ...), kept here by the trainer
         super().__init__(groups, {"lr": config.lr})
 
     # -- to be written by a method ------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state plus the step counter and the method's scalars."""
-        return {**super().state_dict(), "smidgen": {"t": self.t, "bad_steps": self.bad_steps, **self._scalars()}}
+        return {**super().state_dict(), "smidgen": {**self._scalars(), "t": self.t, "bad_steps": self.bad_steps, "spent": dict(self.spent)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but tensors of the state keep their own dtype (float32 moments of 16-bit weights)."""
@@ -115,5 +116,5 @@ class Optimizer(torch.optim.Optimizer):
             for key, dtype in kinds.items():
                 if state[key].dtype != dtype:
                     state[key] = original[key].to(device=state[key].device)
-        self.t, self.bad_steps = scalars.pop("t"), scalars.pop("bad_steps")
+        self.t, self.bad_steps, self.spent = (scalars.pop(key) for key in ("t", "bad_steps", "spent"))
         self._load_scalars(scalars)
