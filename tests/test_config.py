@@ -238,6 +238,8 @@ def test_with_values_validates():
     assert changed.train.learning_rate == 1e-3 and changed.method_args == {"eps": 2} and changed.seed == 5
     assert changed.train.extra == {"adam_beta1": 0.8} and changed.data == config.data
     assert with_values(config, {}) == config
+    assert with_values(config, {"method_args": {"queries": 2}}).method_args == {"queries": 2}
+    assert with_values(config, {"method_args": {}}).method_args == {}
     with pytest.raises(ConfigError, match="seed"):
         with_values(config, {"seed": "x"})
 

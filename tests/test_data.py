@@ -138,10 +138,10 @@ def test_text_files(tmp_path):
 def test_long_csv_field_and_its_global_limit(tmp_path):
     import csv
 
-    limit = csv.field_size_limit()
+    limit = csv.field_size_limit(131_072)
     (tmp_path / "a.csv").write_text("text\n" + "x" * 200_000 + "\n")
     assert len(read_rows(tmp_path / "a.csv")[0]["text"]) == 200_000
-    assert csv.field_size_limit() == limit
+    assert csv.field_size_limit(limit) == 131_072
 
 
 def test_folders_and_splits(tmp_path):
@@ -189,7 +189,7 @@ def test_bad_files(tmp_path):
     refuse("nofolder/x.jsonl", None, "check the path")
     (tmp_path / "none").mkdir()
     refuse("none", None, "holds no data file")
-    for missing in ("no_such_thing", "tests/no_such_file", "./a/b", "~/nothing-here"):
+    for missing in ("", "no_such_thing", "tests/no_such_file", "./a/b", "~/nothing-here"):
         with pytest.raises(DataError, match="there is no file, folder or task"):
             read_rows(missing)
     with pytest.raises(DataError, match="did you mean 'reviews'"):
@@ -210,13 +210,18 @@ def test_hub_errors_are_one_sentence(monkeypatch):
 def test_hub_rows_and_splits(monkeypatch):
     import datasets
 
-    def load(hub_id: str, configuration: str | None, split: str) -> list[dict[str, Any]]:
-        return [{"text": f"{hub_id} {configuration} {split}", "label": 0}]
+    def load(hub_id: str, configuration: str | None) -> dict[str, Any]:
+        names = ["train_sft"] if configuration is None else ["train", "dev", "extra"]
+        return {name: [{"text": f"{hub_id} {configuration} {name}", "label": 0}] for name in names}
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda hub_id, configuration: ["train", "validation"])
-    assert read_rows("nyu-mll/glue:sst2", "dev")[0]["text"] == "nyu-mll/glue sst2 validation"
-    assert data.has_split("nyu-mll/glue:sst2", "validation") and not data.has_split("nyu-mll/glue:sst2", "test")
+    (row,) = read_rows("nyu-mll/glue:sst2", "validation")
+    assert row["text"] == "nyu-mll/glue sst2 dev" and row.place == "nyu-mll/glue:sst2 validation row 1"
+    assert data.has_split("nyu-mll/glue:sst2", "dev") and not data.has_split("nyu-mll/glue:sst2", "test")
+    with pytest.raises(DataError, match="has no test split: it has train, validation"):
+        read_rows("nyu-mll/glue:sst2", "test")
+    with pytest.raises(DataError, match="has the splits train_sft"):
+        read_rows("owner/name")
 
 
 # -- splits
@@ -263,6 +268,7 @@ def test_mix_shows_rows_by_weight_and_interleaves():
     assert 15 <= firsts.count("a") <= 25
     assert data.mix([a, b], [1, 2.5], seed=0) == mixed != data.mix([a, b], [1, 2.5], seed=1)
     assert data.mix([a], [1], seed=3) == a
+    assert len(data.mix([a, b], [1, 0.001], seed=0)) == 41  # never none of a source
 
 
 def test_corpus_of_a_file_holds_out(tmp_path):
@@ -271,6 +277,7 @@ def test_corpus_of_a_file_holds_out(tmp_path):
     corpus = corpus_of(f"data={path}", "words=[bad, good]", notify=lines.append)
     train, dev = corpus.examples("train"), corpus.examples("dev")
     assert (len(train), len(dev), corpus.words) == (36, 4, ("bad", "good"))
+    assert corpus.has("dev") and not corpus.has("test")
     assert lines == [f"{path}: 4 of 40 rows held out for evaluation, by row hash"]
     with pytest.raises(DataError, match="no test split"):
         corpus.examples("test")
@@ -434,6 +441,8 @@ def test_words_of_several_tokens_have_no_choices():
     tokenizer = byte_tokenizer()
     encoded = encode([labelled("the film was", 1, ("xyzzy", "plugh"))], tokenizer, "causal", 32)
     assert encoded.choices is None and answer_of(encoded[0], tokenizer) == " plugh"
+    half = encode([labelled("the film was", 1, ("xyzzy", "great"))], tokenizer, "causal", 32)
+    assert half.choices is None and not half.notices
     mixed = encode([labelled("a", 1), labelled("a", 0, ("good", "bad"))], tokenizer, "causal", 32)
     assert mixed.choices is None
 
@@ -629,6 +638,13 @@ def test_a_template_that_rewrites_earlier_turns_gives_rows_of_their_own():
     assert encoded.index == [0, 0] and "row of its own" in encoded.notices[0]
 
 
+def test_a_tokenizer_without_end_token_is_named():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    encoded = encode([Example("the film", " was")], tokenizer, "causal", 16)
+    assert answer_of(encoded[0], tokenizer) == " was" and "no end token" in encoded.notices[0]
+
+
 def test_chat_truncation_keeps_the_last_answer():
     tokenizer = byte_tokenizer(chat=CHATML)
     (row,) = encode([Chat(TURNS, "mem:1")], tokenizer, "causal", 8)
@@ -708,7 +724,7 @@ def test_description_shows_what_carries_loss():
     found = data.describe(encode([labelled("the film was", 1), labelled("It", 0)], tokenizer, "causal", 32), tokenizer)
     assert found["example"] == [("<s>the film was", False), (" great", True)]
     assert found["rows"] == 2 and found["label_tokens"] == 2 and found["length"]["max"] == 5
-    assert sum(count for *_, count in found["histogram"]) == 2
+    assert found["histogram"] == [(1, 1, 0), (2, 2, 0), (3, 3, 1), (4, 4, 0), (5, 5, 1)]
     t5 = sentence_tokenizer()
     shown = data.describe(encode([labelled("the film", 1)], t5, "seq2seq", 32), t5)["example"]
     assert shown == [("the film</s>", False), ("great</s>", True)]

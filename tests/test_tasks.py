@@ -154,6 +154,8 @@ def test_foreign_label_names_row_value_and_words():
         task.examples("train")
     assert str(caught.value).startswith("mem.jsonl:2: label 2 is not among the label words: bad, good or 0 to 1")
     assert caught.value.exit_code == 5
+    with pytest.raises(DataError, match="label -1 is not among"):  # how test sets without labels are published
+        task_of(rows({"text": "a", "label": -1}), words=("bad", "good")).examples("train")
 
 
 @pytest.mark.parametrize("record", [{"text": "b"}, {"text": "b", "label": None}, {"text": "b", "label": ""}])

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from smidgen import __version__, adapt, config as configuration, data, folder as folders, memory, models
-from smidgen.config import DataError, Interrupted, MemoryRefused, RunConfig, UserError, notice
+from smidgen.config import Interrupted, MemoryRefused, RunConfig, UserError, notice
 from smidgen.evaluate import Evaluation, evaluation
 from smidgen.loss import Kind
 from smidgen.params import canonical
@@ -259,24 +259,21 @@ def _train(
 
 def _splits(config: RunConfig, corpus: data.Corpus, loaded: Loaded, collator: data.Collator) -> dict[str, Evaluation]:
     """The dev split, and the test split where the source has one."""
-    found = {}
     longest = min(loaded.context or _EVAL_LENGTH, max(config.max_length or 0, _EVAL_LENGTH))
-    for name, split in (("dev", "validation"), ("test", "test")):
-        try:
-            found[name] = evaluation(
-                corpus,
-                split,
-                loaded.tokenizer,
-                loaded.kind,
-                max_length=longest,
-                context=loaded.context,
-                collator=collator,
-                batch_size=config.train.per_device_eval_batch_size,
-            )
-        except DataError:
-            if name == "dev":
-                raise
-    return found
+    names = {"dev": "validation"} | ({"test": "test"} if corpus.has("test") else {})
+    return {
+        name: evaluation(
+            corpus,
+            split,
+            loaded.tokenizer,
+            loaded.kind,
+            max_length=longest,
+            context=loaded.context,
+            collator=collator,
+            batch_size=config.train.per_device_eval_batch_size,
+        )
+        for name, split in names.items()
+    }
 
 
 def environment() -> dict[str, Any]:

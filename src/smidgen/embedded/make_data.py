@@ -4,11 +4,12 @@ Source: own work; the grammar is ``grammar.txt`` beside this file. Same seed, sa
 only ``random.Random(seed)`` and string operations are used.
 
 Reviews (0 negative, 1 positive) are decided by one clause: a negated word, the main clause of a contrast, the
-writer's view against other people's, or something that happened. Topics (0 world, 1 sports, 2 business,
-3 science) are decided by the main event; another topic's event often stands beside it. The deciding pair (what is judged
-and the word that judges it) of a validation or test row never occurs in a training row.
+writer's view against other people's, or something that happened; some end with the opposite opinion of something
+else. Topics (0 world, 1 sports, 2 business, 3 science) are decided by the main event; another event often stands
+beside it. The deciding pair (what is judged and the word that judges it) of a validation or test row never occurs
+in a training row.
 
-Cost: about 1 MB of pre-training text a second. Does not check that the text makes sense.
+Cost: 1 to 3 MB of pre-training text a second. Does not check that the text makes sense.
 
     python -m smidgen.embedded.make_data --to FOLDER    # writes FOLDER/{reviews,topics}/{train,validation,test}.jsonl
 """
@@ -29,6 +30,7 @@ TOPICS = ("world", "sports", "business", "science")
 DOMAINS = ("film", "book", "food", "hotel", "goods", "show", "game")
 DATA_SEED = 20260  # of the labelled sets
 TEXT_SEED = 20261  # of the pre-training text
+ASIDE = {"reviews": 0.25, "topics": 0.7}  # shares of rows that end with something beside the point
 HELD_OUT = 4  # one deciding pair in HELD_OUT is kept for validation and test
 
 FLIPPED = {"+": "-", "-": "+"}
@@ -120,6 +122,11 @@ def topic(rules: Grammar, rng: random.Random, label: int) -> tuple[str, str]:
     return tidy(text), memo["s"]
 
 
+def kept_out(pair: str) -> bool:
+    """Whether a deciding pair belongs to validation and test, and so never to training."""
+    return zlib.crc32(pair.encode()) % HELD_OUT == 0
+
+
 def split_rows(make: Callable, rules: Grammar, classes: int, seed: int) -> dict[str, list[dict]]:
     """Balanced, shuffled, disjoint splits {"train": [{"text", "label"}, ...], ...}."""
     rng = random.Random(seed)
@@ -130,8 +137,7 @@ def split_rows(make: Callable, rules: Grammar, classes: int, seed: int) -> dict[
         while len(rows) < size:
             label = len(rows) % classes
             text, pair = make(rules, rng, label)
-            kept_out = zlib.crc32(pair.encode()) % HELD_OUT == 0
-            if text not in seen and kept_out == (split != "train"):
+            if text not in seen and kept_out(pair) == (split != "train"):
                 seen.add(text)
                 rows.append({"text": text, "label": label})
         rng.shuffle(rows)
@@ -139,10 +145,29 @@ def split_rows(make: Callable, rules: Grammar, classes: int, seed: int) -> dict[
     return splits
 
 
+def extend(name: str, rules: Grammar, rows: list[dict], rng: random.Random) -> list[dict]:
+    """Make the share ASIDE[name] of every class harder with a last sentence beside the point.
+
+    A review ends with the opposite opinion of something else, a news item with other news of any topic.
+    """
+    seen = dict.fromkeys({row["label"] for row in rows}, 0)
+    extended = []
+    for row in rows:
+        text, label = row["text"], row["label"]
+        seen[label] += 1
+        if seen[label] <= ASIDE[name] * len(rows) / len(seen):
+            aside = rules.expand("lab.rival", rng, "-+"[label]) if name == "reviews" else rules.expand("lab.aside", rng)
+            text += " " + tidy(aside)
+        extended.append({"text": text, "label": label})
+    rng.shuffle(extended)
+    return extended
+
+
 def labelled_sets(seed: int = DATA_SEED) -> dict[str, dict[str, list[dict]]]:
-    """{"reviews": splits, "topics": splits}."""
-    rules = grammar()
-    return {"reviews": split_rows(review, rules, 2, seed), "topics": split_rows(topic, rules, len(TOPICS), seed + 1)}
+    """{"reviews": splits, "topics": splits}, each {"train": rows, "validation": rows, "test": rows}."""
+    rules, rng = grammar(), random.Random(seed + 2)
+    plain = {"reviews": split_rows(review, rules, 2, seed), "topics": split_rows(topic, rules, len(TOPICS), seed + 1)}
+    return {name: {split: extend(name, rules, rows, rng) for split, rows in splits.items()} for name, splits in plain.items()}
 
 
 def write_sets(folder: Path) -> None:
@@ -156,8 +181,8 @@ def write_sets(folder: Path) -> None:
 
 # ---------------------------------------------------------------- pre-training text
 
-# Shares of documents (chosen). Over half is opinion, because that is what the labelled reviews need; SIMPLE comes first in
-# pre-training: without it the model had not noticed praise and blame after a million tokens (measured).
+# Shares of documents (chosen). Over half is opinion, because that is what the labelled reviews need. SIMPLE comes first in
+# pre-training, so that single words of praise and blame are told apart before negation and contrast are.
 KINDS = {"plain": 15, "note": 25, "review": 20, "news": 20, "story": 10, "talk": 5, "qa": 5, "chat": 5, "know": 3}
 SIMPLE = {"plain": 80, "know": 10, "news": 20, "qa": 5}
 

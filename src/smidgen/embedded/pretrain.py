@@ -107,8 +107,7 @@ def pieces(rows: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> list[li
 def training_batches(tokenizer: PreTrainedTokenizerFast, real: list[str], tokens: int) -> list[list[list[int]]]:
     """Simple generated documents for SIMPLE_SHARE of `tokens`, then real ones and the whole mix, in batches of like length.
 
-    One sequence holds one document: packed together, documents distract each other, and praise and blame are learned
-    many times later (measured).
+    One sequence holds one document, as a prompt does: no document of another tone or topic stands before it.
     """
 
     def encoded(documents: Iterator[str], wanted: int) -> list[list[int]]:

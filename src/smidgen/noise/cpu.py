@@ -1,286 +1,412 @@
-"""Noise for CPU tensors: numba kernels that give the bits of `philox`, in one pass over the weights.
+"""Noise for CPU tensors: one numba kernel that gives the bits of `philox`, in one pass over the weights.
 
-One kernel does it all: out <- round(decay * weight + sum(scale * z)) for any mixture of float32, bfloat16 and float16,
-over any range of elements. It works on tiles of 2048 elements that stay in the first-level cache: widen, add the terms,
-narrow; float32 weights with one term, the common case, go from memory to memory directly. Vectors are explicit (see
-`lanes`), so the speed does not hang on LLVM's loop vectoriser. Two consecutive blocks are never computed twice, except
-where a range starts or ends inside a tile.
+The kernel computes out <- round(decay * weight + sum(scale * z)) for any mixture of float32, bfloat16 and float16, over
+any range of elements. It works on tiles of up to 2048 elements that stay in the first-level cache: widen, add the terms,
+narrow; float32 weights go from memory to memory. Its stages are written in explicit vectors (see `lanes`).
 
-Cost: no memory besides 9 KB of stack a thread; bound by memory bandwidth for Rademacher (figures: benchmarks/noise.py).
+Threads are those of torch: see `_team`.
+
+Cost: 9 KB of stack a thread; memory bandwidth for Rademacher (figures: benchmarks/noise.py).
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
-from collections.abc import Sequence
+import logging
+import os
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import numba
-import numpy as np
 import torch
-from numba import float32, float64, int64, njit, prange, types, uint32
+from numba import cfunc, float32, int64, njit, types
 from torch import Tensor
 
 from smidgen.noise import lanes, philox
 from smidgen.noise.lanes import (
+    F32,
+    F64,
+    I32,
+    I64,
+    Value,
     as_f,
     as_u,
     copy,
     halves,
+    int64_at,
     interleave,
     lane_numbers,
+    load,
     load_f,
-    load_i64,
     load_u16,
-    load_word,
+    loop,
     multiply,
+    number_at,
     scratch,
-    sign_shift_23,
+    signed_shift,
     signed_to_f,
-    splat_f,
-    splat_u,
+    splat,
     sqrt,
-    store_f,
-    store_u,
+    stack,
+    stage,
+    store,
     store_u16,
+    take,
     truncate_to_u,
     where,
 )
 from smidgen.noise.philox import COS, INCREMENTS, LOG, MULTIPLIERS, ROUNDS, SIN, SQRT_HALF_BITS, TWO_LN2, Address, Term
 
+log = logging.getLogger("smidgen")
+
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FLOAT32, BFLOAT16 = 0, 1
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DISTRIBUTIONS = {"rademacher": 0, "gaussian": 1}
 RADEMACHER = 0
-NO_TERMS = np.empty((0, 6))
-NEAREST = np.empty(0)
 
 GROUP = 128  # elements of a Rademacher block: the grain of all loops
 TILE = 16 * GROUP  # what one vector of 16 Rademacher blocks covers
 
-M0, M1 = MULTIPLIERS
-STEP0, STEP1 = INCREMENTS
 
-
-@njit
-def blocks16(first, counter, key):
-    """Philox words of blocks first .. first + 15: four vectors."""
-    c1, c2, c3 = counter
-    k0, k1 = key
-    a, b, c, d = lane_numbers() + first, splat_u(c1), splat_u(c2), splat_u(c3)
+def blocks16(first: Value, address: Sequence[Value]) -> tuple[Value, ...]:
+    """Philox words of blocks first .. first + 15. `address`: seed low, seed high, tensor, step, query << 8 | purpose."""
+    k0, k1, b, c, d = address
+    a = lane_numbers(first.builder) + first
     for _ in range(ROUNDS):
-        high0, low0 = multiply(a, M0)
-        high1, low1 = multiply(c, M1)
+        high0, low0 = multiply(a, MULTIPLIERS[0])
+        high1, low1 = multiply(c, MULTIPLIERS[1])
         a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
-        k0, k1 = uint32(k0 + STEP0), uint32(k1 + STEP1)
+        k0, k1 = k0 + INCREMENTS[0], k1 + INCREMENTS[1]
     return a, b, c, d
 
 
-@njit
-def normals(a, b):
+def address_at(record: Value) -> list[Value]:
+    """The five words of an address, from float64 numbers in memory."""
+    return [splat(load(record + 8 * i, F64, 8).to("fptoui", I64)) for i in range(5)]
+
+
+def scale_at(record: Value) -> Value:
+    """The scale of a term, which stands after its address, as float32."""
+    return splat(load(record + 40, F64, 8).to("fptrunc", F32))
+
+
+def horner(coefficients: Sequence[float], x: Value) -> Value:
+    *rest, last = coefficients
+    p = x * last + rest.pop()
+    while rest:
+        p = p * x + rest.pop()
+    return p
+
+
+def normals(a: Value, b: Value) -> tuple[Value, Value]:
     """Box-Muller on two vectors of words: the operations of philox.normals, in its order."""
     x = signed_to_f(a >> 1) + 0.5
     bits = as_u(x)
     above = bits - SQRT_HALF_BITS
     f = as_f(bits - (above & 0xFF800000)) - 1.0
-    log = f * LOG[7] + LOG[6]
-    log = log * f + LOG[5]
-    log = log * f + LOG[4]
-    log = log * f + LOG[3]
-    log = log * f + LOG[2]
-    log = log * f + LOG[1]
-    log = log * f + LOG[0]
-    halvings = signed_to_f(splat_u(31) - sign_shift_23(above))
-    r = sqrt(halvings * TWO_LN2 + (f * f * log - f * 2.0))
+    halvings = signed_to_f(31 - signed_shift(above, 23))
+    r = sqrt(halvings * TWO_LN2 + (f * f * horner(LOG, f) - f * 2.0))
 
     y = signed_to_f(b << 2 | 2) * 2.0**-31
     v = y * y
-    s = v * SIN[3] + SIN[2]
-    s = s * v + SIN[1]
-    s = s * v + SIN[0]
-    s = y * s
-    c = v * COS[3] + COS[2]
-    c = c * v + COS[1]
-    c = c * v + COS[0]
-    c = v * c + 1.0
+    s = y * horner(SIN, v)
+    c = v * horner(COS, v) + 1.0
     c = as_f(as_u(c) ^ (b << 1 & 0x80000000))
     swap = b > 0x7FFFFFFF
     return r * where(swap, s, c), r * where(swap, c, s)
 
 
-@njit
-def add_rademacher(out, weight, groups, first, decay, scale, counter, key, words):
-    """out <- decay * weight + scale * z over whole blocks of float32 values; `words`: scratch for 64 words."""
-    a, b, c, d = interleave(*blocks16(first, counter, key))
-    store_u(words, a)
-    store_u(words + 64, b)
-    store_u(words + 128, c)
-    store_u(words + 192, d)
-    plus = as_u(splat_f(scale))
-    low, high = splat_u(31) - lane_numbers(), splat_u(15) - lane_numbers()  # shifts that bring a bit to the sign
-    for i in range(4 * groups):
-        w = load_word(words + 4 * i)
-        at = 128 * i  # bytes of 32 elements
-        store_f(out + at, load_f(weight + at) * decay + as_f((w << low & 0x80000000) ^ plus))
-        at += 64
-        store_f(out + at, load_f(weight + at) * decay + as_f((w << high & 0x80000000) ^ plus))
+@stage
+def add_rademacher(out: Value, weight: Value, groups: Value, number: Value, decay: float, term: Value) -> None:
+    """float32 out <- decay * weight + scale * z. `number`: of the first element, a multiple of 128; at most 16 groups."""
+    builder, factor = out.builder, splat(decay)
+    words = scratch(builder, 256)
+    for i, w in enumerate(interleave(*blocks16(splat(number >> 7), address_at(term)))):
+        store(words + 64 * i, w)
+    plus = as_u(scale_at(term))
+    shifts = 31 - lane_numbers(builder), 15 - lane_numbers(builder)  # bring the bit of each element to the sign
+    with loop(groups << 2) as i:
+        w = splat(load(words + (i << 2), I32))
+        for half in range(2):
+            at = (i << 7) + 64 * half
+            z = as_f((w << shifts[half] & 0x80000000) ^ plus)
+            store(out + at, load_f(weight + at) * factor + z)
 
 
-@njit
-def add_gaussian(out, weight, groups, first, decay, scale, counter, key):
-    """The same with normal values, 16 blocks of 4 at a time; `first`: block of the first element."""
-    for i in range(2 * groups):
-        a, b, c, d = blocks16(uint32(first + 16 * i), counter, key)
-        z0, z1 = normals(a, b)
-        z2, z3 = normals(c, d)
-        z0, z1, z2, z3 = interleave(z0, z1, z2, z3)
-        at = 256 * i  # bytes of 64 elements
-        store_f(out + at, load_f(weight + at) * decay + z0 * scale)
-        store_f(out + at + 64, load_f(weight + at + 64) * decay + z1 * scale)
-        store_f(out + at + 128, load_f(weight + at + 128) * decay + z2 * scale)
-        store_f(out + at + 192, load_f(weight + at + 192) * decay + z3 * scale)
+@stage
+def add_gaussian(out: Value, weight: Value, groups: Value, number: Value, decay: float, term: Value) -> None:
+    """The same with normal values, 16 blocks of 4 at a time."""
+    address, first = address_at(term), splat(number >> 2)
+    factor, scale = splat(decay), scale_at(term)
+    with loop(groups << 1) as i:
+        a, b, c, d = blocks16(first + (i << 4), address)
+        for part, z in enumerate(interleave(*normals(a, b), *normals(c, d))):
+            at = (i << 8) + 64 * part
+            store(out + at, load_f(weight + at) * factor + z * scale)
 
 
-@njit
-def from_bfloat16(h):
+def from_bfloat16(h: Value) -> Value:
     return as_f(h << 16)
 
 
-@njit
-def from_float16(h):
-    sign, magnitude = (h & 0x8000) << 16, h & 0x7FFF
-    normal = (magnitude << 13) + 0x38000000  # exponent bias 15 -> 127
+def from_float16(h: Value) -> Value:
+    magnitude = h & 0x7FFF
+    normal = (magnitude << 13) + (112 << 23)  # exponent bias 15 -> 127
     subnormal = as_u(signed_to_f(magnitude) * 2.0**-24)
     finite = where(magnitude < 0x0400, subnormal, normal)
-    return as_f(where(magnitude > 0x7BFF, normal + 0x38000000, finite) | sign)
+    return as_f(where(magnitude > 0x7BFF, normal + (112 << 23), finite) | (h & 0x8000) << 16)
 
 
-@njit
-def shift(magnitude, by, noise, stochastic):
-    """magnitude / 2^by, rounded by random bits or to nearest even."""
-    if stochastic:
-        return (magnitude + noise) >> by
-    return (magnitude + ((magnitude >> by & 1) + ((1 << (by - 1)) - 1))) >> by
-
-
-@njit
-def to_bfloat16(x, noise, stochastic):
+def to_bfloat16(x: Value, noise: Value | None) -> Value:
+    """float32 in 16 bits: by random bits, or to nearest even. See philox.narrow."""
     pattern = as_u(x)
     magnitude = pattern & 0x7FFFFFFF
-    half = where(magnitude > 0x7F800000, 0x7FC0, shift(magnitude, 16, noise, stochastic))
+    half = where(magnitude > 0x7F800000, 0x7FC0, shift(magnitude, 16, noise))
     return pattern >> 16 & 0x8000 | half
 
 
-@njit
-def to_float16(x, noise, stochastic):
+def to_float16(x: Value, noise: Value | None) -> Value:
+    """The same for float16."""
     pattern = as_u(x)
     magnitude = pattern & 0x7FFFFFFF
-    small = as_f(where(magnitude < 0x38800000, magnitude, 0))  # below 2^-14
-    if stochastic:
-        subnormal = (truncate_to_u(small * 2.0**40) + noise) >> 16
-        noise = noise >> 3
-    else:
+    small = as_f(where(magnitude > 0x387FFFFF, 0, magnitude))  # below 2^-14
+    if noise is None:
         subnormal = as_u(small * 2.0**24 + 2.0**23) - 0x4B000000
-    normal = shift(magnitude, 13, noise, stochastic) - 0x1C000
+    else:
+        subnormal = truncate_to_u(small * 2.0**40) + noise >> 16
+        noise = noise >> 3
+    normal = shift(magnitude, 13, noise) - (112 << 10)
     half = where(magnitude < 0x38800000, subnormal, normal)
-    half = where(magnitude > 0x477FFFFF, 0x7C00, where(half > 0x7C00, 0x7C00, half))
+    half = where(half > 0x7C00, 0x7C00, half)
     return pattern >> 16 & 0x8000 | where(magnitude > 0x7F800000, 0x7E00, half)
 
 
-@njit
-def widen(out, weight, kind, groups, decay):
-    """float32 out <- decay * weight."""
-    if kind == FLOAT32:
-        for i in range(8 * groups):
-            store_f(out + 64 * i, load_f(weight + 64 * i) * decay)
-    elif kind == BFLOAT16:
-        for i in range(8 * groups):
-            store_f(out + 64 * i, from_bfloat16(load_u16(weight + 32 * i)) * decay)
-    else:
-        for i in range(8 * groups):
-            store_f(out + 64 * i, from_float16(load_u16(weight + 32 * i)) * decay)
+def shift(magnitude: Value, by: int, noise: Value | None) -> Value:
+    """magnitude / 2^by, rounded by the random bits or to nearest even."""
+    if noise is None:
+        noise = (magnitude >> by & 1) + ((1 << by - 1) - 1)
+    return magnitude + noise >> by
+
+
+def widener(name: str, read: Callable[[Value], Value], size: int) -> Any:
+    def widen(out: Value, weight: Value, groups: Value, decay: float) -> None:
+        """float32 out <- decay * weight."""
+        factor = splat(decay)
+        with loop(groups << 3) as i:
+            store(out + (i << 6), read(weight + i * size) * factor)
+
+    return stage(widen, f"widen_{name}")
+
+
+widen_float32 = widener("float32", load_f, 64)
+widen_bfloat16 = widener("bfloat16", lambda at: from_bfloat16(load_u16(at)), 32)
+widen_float16 = widener("float16", lambda at: from_float16(load_u16(at)), 32)
+
+
+def narrower(name: str, convert: Callable[[Value, Value | None], Value]) -> tuple[Any, Any]:
+    def nearest(out: Value, value: Value, groups: Value) -> None:
+        """16-bit out <- float32 value."""
+        with loop(groups << 3) as i:
+            store_u16(out + (i << 5), convert(load_f(value + (i << 6)), None))
+
+    def stochastic(out: Value, value: Value, groups: Value, number: Value, at: Value) -> None:
+        """The same by the rounding bits of 16 blocks of 8 elements at a time."""
+        address, first = address_at(at), splat(number >> 3)
+        with loop(groups) as i:
+            words = interleave(*blocks16(first + (i << 4), address))
+            for part, noise in enumerate(half for w in words for half in halves(w)):
+                store_u16(out + (i << 8) + 32 * part, convert(load_f(value + (i << 9) + 64 * part), noise))
+
+    return stage(nearest, f"nearest_{name}"), stage(stochastic, f"stochastic_{name}")
+
+
+nearest_bfloat16, stochastic_bfloat16 = narrower("bfloat16", to_bfloat16)
+nearest_float16, stochastic_float16 = narrower("float16", to_float16)
+
+# What a call hands to the kernel: float64 numbers, which hold addresses, counts and 32-bit words exactly, except NEXT: an
+# int64, the first element (or row) that no thread has taken yet. The rounding address stands at AT; the terms follow,
+# each an address and a scale.
+NEXT, CHUNK, COUNT, START, OUT, OUT_KIND, WEIGHT, WEIGHT_KIND, ROWS, WIDTH, DECAY, DISTRIBUTION, STOCHASTIC, TERMS, AT = range(15)
+FIRST_TERM, TERM_SIZE = AT + 5, 6
+NO_ADDRESS = (0,) * 5
 
 
 @njit
-def narrow_nearest(out, kind, value, groups):
-    """out <- float32 value in 16 bits, to nearest even."""
-    none = splat_u(0)
-    if kind == BFLOAT16:
-        for i in range(8 * groups):
-            store_u16(out + 32 * i, to_bfloat16(load_f(value + 64 * i), none, False))
-    else:
-        for i in range(8 * groups):
-            store_u16(out + 32 * i, to_float16(load_f(value + 64 * i), none, False))
+def any_range(call, out, weight, count, number, value, target, source):
+    """Elements number .. number + count, wherever they start and end: a part of a group goes through a copy of it.
 
-
-@njit
-def narrow_stochastic(out, kind, value, groups, first, counter, key):
-    """The same by the rounding bits of 16 blocks of 8 elements at a time; `first`: block of the first element."""
-    for i in range(groups):
-        words = interleave(*blocks16(uint32(first + 16 * i), counter, key))
-        for j in range(4):
-            low, high = halves(words[j])
-            at = 8 * i + 2 * j
-            x, y = load_f(value + 64 * at), load_f(value + 64 * at + 64)
-            if kind == BFLOAT16:
-                store_u16(out + 32 * at, to_bfloat16(x, low, True))
-                store_u16(out + 32 * at + 32, to_bfloat16(y, high, True))
-            else:
-                store_u16(out + 32 * at, to_float16(x, low, True))
-                store_u16(out + 32 * at + 32, to_float16(y, high, True))
-
-
-@njit
-def words_of(row):
-    """Counter and key from (seed low, seed high, tensor, step, query | purpose)."""
-    return (uint32(row[2]), uint32(row[3]), uint32(row[4])), (uint32(row[0]), uint32(row[1]))
-
-
-@njit
-def whole_groups(out, out_kind, weight, weight_kind, groups, number, decay, distribution, terms, at, value, words):
-    """Elements number .. number + 128 * groups, number a multiple of 128, groups <= 16; `value`: scratch for a tile."""
-    if out_kind == FLOAT32:
-        value = out
-    source, factor = weight, decay
-    if weight_kind != FLOAT32 or len(terms) == 0:
-        widen(value, weight, weight_kind, groups, decay)
-        source, factor = value, float32(1)
-    for k in range(len(terms)):
-        counter, key = words_of(terms[k])
-        scale = float32(terms[k, 5])
-        if distribution == RADEMACHER:
-            add_rademacher(value, source, groups, uint32(number >> 7), factor, scale, counter, key, words)
-        else:
-            add_gaussian(value, source, groups, uint32(number >> 2), factor, scale, counter, key)
-        source, factor = value, float32(1)
-    if out_kind != FLOAT32:
-        if len(at) == 0:
-            narrow_nearest(out, out_kind, value, groups)
-        else:
-            counter, key = words_of(at)
-            narrow_stochastic(out, out_kind, value, groups, uint32(number >> 3), counter, key)
-
-
-@njit
-def any_range(out, out_kind, weight, weight_kind, count, number, decay, distribution, terms, at):
-    """Elements number .. number + count, wherever they start and end: a part of a group goes through a copy of it."""
-    value, words, target, source = scratch(8192), scratch(256), scratch(512), scratch(512)
-    out_size = 4 if out_kind == FLOAT32 else 2
-    weight_size = 4 if weight_kind == FLOAT32 else 2
+    `value`: scratch for a tile; `target`, `source`: for a group.
+    """
+    out_kind, weight_kind = int64(number_at(call, OUT_KIND)), int64(number_at(call, WEIGHT_KIND))
+    out_size, weight_size = 2 + 2 * (out_kind == FLOAT32), 2 + 2 * (weight_kind == FLOAT32)
+    terms, distribution = int64(number_at(call, TERMS)), number_at(call, DISTRIBUTION)
+    stochastic, rounding = number_at(call, STOCHASTIC) != 0, call + 8 * AT
     i = 0
     while i < count:
-        to, frm = out + i * out_size, weight + i * weight_size
-        skip = (number + i) & 127
-        if skip == 0 and count - i >= GROUP:
-            groups = min(16, (count - i) >> 7)
-            whole_groups(
-                to, out_kind, frm, weight_kind, groups, number + i, decay, distribution, terms, at, value, words
-            )
-            i += groups * GROUP
-        else:
+        skip = (number + i) & (GROUP - 1)
+        groups = min(count - i, TILE) // GROUP
+        part = skip > 0 or groups == 0
+        n = groups * GROUP
+        to, from_, first = out + i * out_size, weight + i * weight_size, number + i - skip
+        if part:
             n = min(GROUP - skip, count - i)
-            copy(source + skip * weight_size, frm, n * weight_size)
-            base = number + i - skip
-            whole_groups(target, out_kind, source, weight_kind, 1, base, decay, distribution, terms, at, value, words)
-            copy(to, target + skip * out_size, n * out_size)
-            i += n
+            copy(source + skip * weight_size, from_, n * weight_size)
+            groups, to, from_ = 1, target, source
+
+        sums = to if out_kind == FLOAT32 else value
+        factor = float32(number_at(call, DECAY))
+        if weight_kind != FLOAT32 or terms == 0:
+            if weight_kind == FLOAT32:
+                widen_float32(sums, from_, groups, factor)
+            elif weight_kind == BFLOAT16:
+                widen_bfloat16(sums, from_, groups, factor)
+            else:
+                widen_float16(sums, from_, groups, factor)
+            from_, factor = sums, float32(1)
+        for term in range(terms):
+            record = call + 8 * (FIRST_TERM + TERM_SIZE * term)
+            if distribution == RADEMACHER:
+                add_rademacher(sums, from_, groups, first, factor, record)
+            else:
+                add_gaussian(sums, from_, groups, first, factor, record)
+            from_, factor = sums, float32(1)
+        if out_kind == BFLOAT16:
+            if stochastic:
+                stochastic_bfloat16(to, sums, groups, first, rounding)
+            else:
+                nearest_bfloat16(to, sums, groups)
+        elif out_kind == FLOAT16:
+            if stochastic:
+                stochastic_float16(to, sums, groups, first, rounding)
+            else:
+                nearest_float16(to, sums, groups)
+
+        if part:
+            copy(out + i * out_size, target + skip * out_size, n * out_size)
+        i += n
+
+
+def compile_kernel(sources: int) -> Any:
+    """The kernel, from numba's cache where it is there. `sources`: digest of all that its machine code depends on.
+
+    numba looks at the kernel's own file and closure only; without the digest a change of `lanes` or of a constant in
+    `philox` would run old code.
+    """
+
+    def run(call):
+        _ = sources
+        chunk, count, start = int64(number_at(call, CHUNK)), int64(number_at(call, COUNT)), int64(number_at(call, START))
+        out, weight = int64(number_at(call, OUT)), int64(number_at(call, WEIGHT))
+        rows, width = int64(number_at(call, ROWS)), int64(number_at(call, WIDTH))
+        out_size = 2 + 2 * (number_at(call, OUT_KIND) == FLOAT32)
+        weight_size = 2 + 2 * (number_at(call, WEIGHT_KIND) == FLOAT32)
+        value, target, source = stack(8192), stack(512), stack(512)
+        first = take(call + 8 * NEXT, chunk)
+        while first < count:
+            last = min(first + chunk, count)
+            # A range of the tensor is one piece, rows are one each.
+            for i in range(first, last if rows else first + 1):
+                to, from_, n, number = out + i * out_size, weight + i * weight_size, last - first, start + i
+                if rows:
+                    number = int64_at(rows + 8 * i) * width
+                    to, from_, n = out + i * width * out_size, weight + number * weight_size, width
+                any_range(call, to, from_, n, number, value, target, source)
+            first = take(call + 8 * NEXT, chunk)
+
+    signature = types.void(types.int64)
+    try:
+        return cfunc(signature, cache=True)(run)
+    except RuntimeError:  # neither this folder nor the user's cache folder can be written
+        return cfunc(signature)(run)
+
+
+@functools.cache
+def _kernel() -> tuple[Callable[[int], None], int]:
+    """The compiled kernel, as a function of the address of a call, and its own address."""
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (philox, lanes))
+    compiled = compile_kernel(int.from_bytes(hashlib.sha256(sources).digest()[:8]) >> 2)
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(compiled.address), compiled.address
+
+
+@functools.cache
+def _team() -> Callable[[int, int, int, int], None] | None:
+    """GOMP_parallel(function, argument, threads, 0) of the OpenMP runtime that torch itself runs on, or None.
+
+    LLVM's and Intel's runtimes offer it besides GNU's. A team of numba's own (omp, workqueue) has to fight for the cores
+    with torch's workers, which go on spinning for milliseconds after each matrix product; here they are the team.
+    """
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.exists():
+            # Looking a name up in a library searches those that it is linked to.
+            enter = getattr(ctypes.CDLL(os.fspath(path)), "GOMP_parallel", None)
+            if enter is not None:
+                enter.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+                enter.restype = None
+                return enter
+    log.warning("noise runs on one thread: this build of torch has no OpenMP runtime to share")
+    return None
+
+
+# Below so many elements times terms the threads cost more than they save.
+SERIAL = {"rademacher": 1 << 18, "gaussian": 1 << 15}
+
+
+def apply_(
+    out: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    terms: Sequence[Term],
+    distribution: philox.Distribution,
+    decay: float,
+    at: Address | None,
+    start: int,
+) -> None:
+    """out <- round(decay * weight + sum(scale * z)) as philox.apply_ defines it, in one pass. Never allocates a tensor."""
+    if out.dtype not in KINDS or weight.dtype not in KINDS:
+        philox.apply_(out, weight, rows, terms, distribution, decay, at, start)
+        return
+    count, width, places = weight.numel(), 1, 0
+    if rows is not None:
+        count, width, rows = rows.numel(), weight.shape[1], rows.contiguous()
+        if count and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
+            raise IndexError(f"rows {int(rows.min())} .. {int(rows.max())} are not all among the {len(weight)} of the weight")
+        places = rows.data_ptr()
+    threads = torch.get_num_threads()
+    if count * width * max(1, len(terms)) < SERIAL[distribution]:
+        threads = 1
+    chunk = count if threads == 1 else -(-count // (4 * threads))
+    if rows is None:
+        chunk = -(-chunk // TILE) * TILE
+    call = array(
+        "d",
+        (
+            0,
+            chunk,
+            count,
+            start,
+            out.data_ptr(),
+            KINDS[out.dtype],
+            weight.data_ptr(),
+            KINDS[weight.dtype],
+            places,
+            width,
+            decay,
+            DISTRIBUTIONS[distribution],
+            at is not None,
+            len(terms),
+            *(NO_ADDRESS if at is None else at.words),
+        ),
+    )
+    for address, scale in terms:
+        call.extend(address.words)
+        call.append(scale)
+    where_, _ = call.buffer_info()
+    run, function = _kernel()
+    if threads > 1 and (enter := _team()) is not None:
+        enter(function, where_, threads, 0)
+    else:
+        run(where_)

@@ -1,266 +1,309 @@
-"""Vectors of sixteen 32-bit lanes for numba: what LLVM offers as vector types, as values that numba code can compute with.
+"""Vectors of sixteen 32-bit lanes for numba kernels: Python functions on `Value`s that write LLVM code.
 
 numba reaches the vector units only through LLVM's loop vectoriser, which gives up on the loops of `cpu`: bits of a word
-spread over 32 elements, a carried generator state, in-place updates (measured: 2 to 9 times slower, and slower again
-when an index may be negative). Here an expression on `U` (uint32) or `F` (float32) vectors becomes the LLVM vector
-operation of that name, which LLVM maps to whatever the processor has: one AVX-512 register, two of AVX2, four of NEON.
-Operations round as scalar ones do and are never fused.
+spread over 32 elements, a generator's state, in-place updates (measured: 2 to 9 times slower). A `@stage` is a function
+that runs once, when the kernel is compiled, on symbols: each operation on them appends the LLVM operation of that name.
+LLVM maps sixteen lanes to whatever the processor has: one AVX-512 register, two of AVX2, four of NEON. Operations round
+as scalar ones do and are never fused. numba compiles a stage as a function of its own that other kernels can call.
 
-Memory is read and written at plain addresses (int64), unaligned, without bounds checks: the callers own the ranges.
-Numbers mix with vectors as in numpy: they are converted to the lane's type and repeated. Shifts are logical,
-comparisons unsigned. Lanes 0..15 are memory order (little endian, as all hosts of torch are).
+Types are those of LLVM: numbers (int64, float32) and vectors (uint32, float32, masks). Python numbers and number values
+mix with vectors as in numpy: they are repeated in all lanes. Shifts are logical, comparisons unsigned. Memory is read
+and written at plain addresses, unaligned, without bounds checks: the callers own the ranges. Lanes 0..15 are in memory
+order (little endian, as all hosts of torch are).
 """
 
 from __future__ import annotations
 
-import operator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import intrinsic
 
 LANES = 16
 
-_I1, _I8, _I16, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I8, I16, I32, I64, F32, F64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
+U = ir.VectorType(I32, LANES)
+F = ir.VectorType(F32, LANES)
+SHORT = ir.VectorType(I16, LANES)
 
 
-class Lanes(types.Type):
-    """Type of a vector: kind U, F or M (mask, from comparisons)."""
+class Value:
+    """A number or vector of the code being written."""
 
-    def __init__(self, kind: str, lane: ir.Type, scalar: types.Type) -> None:
-        self.vector, self.scalar = ir.VectorType(lane, LANES), scalar
-        super().__init__(name=f"{kind}x{LANES}")
+    __slots__ = ("builder", "value")
 
+    def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
+        self.builder, self.value = builder, value
 
-U = Lanes("U", _I32, types.uint32)
-F = Lanes("F", _F32, types.float32)
-M = Lanes("M", _I1, types.boolean)
+    def like(self, other: Value | float) -> Any:
+        """The other operand in this value's type."""
+        if isinstance(other, Value):
+            vector = isinstance(self.value.type, ir.VectorType)
+            return other.value if other.value.type == self.value.type or not vector else splat(other).value
+        return constant(self.value.type, other)
 
+    def _operate(self, name: str, other: Value | float, swap: bool = False) -> Value:
+        kind = self.value.type.element if isinstance(self.value.type, ir.VectorType) else self.value.type
+        method = getattr(self.builder, "f" + name if isinstance(kind, ir.FloatType) else name)
+        a, b = self.value, self.like(other)
+        return Value(self.builder, method(b, a) if swap else method(a, b))
 
-@register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: Lanes) -> None:
-        super().__init__(dmm, fe_type, fe_type.vector)
+    def __add__(self, other: Value | float) -> Value:
+        return self._operate("add", other)
 
+    def __sub__(self, other: Value | float) -> Value:
+        return self._operate("sub", other)
 
-def _constant(values: list[int], lane: ir.Type = _I32) -> ir.Constant:
-    return ir.Constant(ir.VectorType(lane, len(values)), values)
+    def __rsub__(self, other: float) -> Value:
+        return self._operate("sub", other, swap=True)
 
+    def __mul__(self, other: Value | float) -> Value:
+        return self._operate("mul", other)
 
-def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, _constant(lanes))
+    def __and__(self, other: Value | int) -> Value:
+        return self._operate("and_", other)
 
+    def __or__(self, other: Value | int) -> Value:
+        return self._operate("or_", other)
 
-def _lift(context: Any, builder: Any, ty: types.Type, value: Any, want: Lanes) -> Any:
-    """The value as a vector: numbers are converted and repeated in all lanes."""
-    if ty == want:
-        return value
-    number = context.cast(builder, value, ty, want.scalar)
-    undefined = ir.Constant(want.vector, ir.Undefined)
-    one = builder.insert_element(undefined, number, ir.Constant(_I32, 0))
-    return _shuffle(builder, one, undefined, [0] * LANES)
+    def __xor__(self, other: Value | int) -> Value:
+        return self._operate("xor", other)
 
+    def __lshift__(self, other: Value | int) -> Value:
+        return self._operate("shl", other)
 
-def _define_operator(op: Any, of: dict[Lanes, str], predicate: str = "") -> None:
-    """Make `op` work on vectors, by the named method of llvmlite's builder for each kind."""
+    def __rshift__(self, other: Value | int) -> Value:
+        return self._operate("lshr", other)
 
-    @intrinsic
-    def emit(typing, x, y):
-        kind = x if isinstance(x, Lanes) else y
+    def __lt__(self, other: Value | int) -> Value:
+        return Value(self.builder, self.builder.icmp_unsigned("<", self.value, self.like(other)))
 
-        def code(context, builder, signature, arguments):
-            a, b = (_lift(context, builder, t, v, kind) for t, v in zip(signature.args, arguments, strict=True))
-            method = getattr(builder, of[kind])
-            return method(predicate, a, b) if predicate else method(a, b)
+    def __gt__(self, other: Value | int) -> Value:
+        return Value(self.builder, self.builder.icmp_unsigned(">", self.value, self.like(other)))
 
-        return (M if predicate else kind)(x, y), code
-
-    @overload(op)
-    def operate(x, y):
-        if (isinstance(x, Lanes) and x in of) or (isinstance(y, Lanes) and y in of):
-            return lambda x, y: emit(x, y)
-        return None
-
-
-_define_operator(operator.add, {U: "add", F: "fadd"})
-_define_operator(operator.sub, {U: "sub", F: "fsub"})
-_define_operator(operator.mul, {F: "fmul"})
-_define_operator(operator.and_, {U: "and_"})
-_define_operator(operator.or_, {U: "or_"})
-_define_operator(operator.xor, {U: "xor"})
-_define_operator(operator.lshift, {U: "shl"})
-_define_operator(operator.rshift, {U: "lshr"})
-_define_operator(operator.lt, {U: "icmp_unsigned"}, "<")
-_define_operator(operator.gt, {U: "icmp_unsigned"}, ">")
+    def to(self, operation: str, kind: ir.Type) -> Value:
+        """A conversion by the builder's method of that name."""
+        return Value(self.builder, getattr(self.builder, operation)(self.value, kind))
 
 
-def _unary(result: Lanes, emit: Any) -> Any:
-    """An operation on one vector (or a number, repeated, where `result` is of its kind)."""
-
-    @intrinsic
-    def operation(typing, x):
-        def code(context, builder, signature, arguments):
-            (value,) = arguments
-            return emit(builder, value if isinstance(signature.args[0], Lanes) else (context, signature.args[0], value))
-
-        return result(x), code
-
-    return operation
+def constant(kind: ir.Type, number: float) -> ir.Constant:
+    if isinstance(kind, ir.VectorType):
+        return ir.Constant(kind, [constant(kind.element, number)] * kind.count)
+    # LLVM text takes float32 constants as float64 numbers without excess precision.
+    return ir.Constant(kind, types.float32.cast_python_value(number) if kind == F32 else int(number))
 
 
-def _square_root(builder: Any, value: Any) -> Any:
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(F.vector, [F.vector]), f"llvm.sqrt.v{LANES}f32")
-    return builder.call(function, [value])
+def shuffle(x: Value, y: Value, order: Sequence[int]) -> Value:
+    mask = ir.Constant(ir.VectorType(I32, len(order)), list(order))
+    return Value(x.builder, x.builder.shuffle_vector(x.value, y.value, mask))
 
 
-splat_u = _unary(U, lambda builder, number: _lift(number[0], builder, number[1], number[2], U))  # a number in all lanes
-splat_f = _unary(F, lambda builder, number: _lift(number[0], builder, number[1], number[2], F))
-as_u = _unary(U, lambda builder, v: builder.bitcast(v, U.vector))  # the same bits
-as_f = _unary(F, lambda builder, v: builder.bitcast(v, F.vector))
-signed_to_f = _unary(F, lambda builder, v: builder.sitofp(v, F.vector))  # int32 value -> nearest float32
-truncate_to_u = _unary(U, lambda builder, v: builder.fptosi(v, U.vector))  # float32 in [0, 2^31) -> integer part
-sign_shift_23 = _unary(U, lambda builder, v: builder.ashr(v, _constant([23] * LANES)))  # int32 value / 2^23, rounded down
-sqrt = _unary(F, _square_root)
+def splat(number: Value) -> Value:
+    """A number (float32, or an integer's low 32 bits) in all lanes."""
+    builder = number.builder
+    if number.value.type == I64:
+        number = number.to("trunc", I32)
+    kind = ir.VectorType(number.value.type, LANES)
+    undefined = Value(builder, ir.Constant(kind, ir.Undefined))
+    one = Value(builder, builder.insert_element(undefined.value, number.value, ir.Constant(I32, 0)))
+    return shuffle(one, undefined, [0] * LANES)
 
 
-@intrinsic
-def lane_numbers(typing):
+def lane_numbers(builder: ir.IRBuilder) -> Value:
     """0, 1, .., 15."""
-    return U(), lambda context, builder, signature, arguments: _constant(list(range(LANES)))
+    return Value(builder, ir.Constant(U, list(range(LANES))))
 
 
-@intrinsic
-def where(typing, mask, x, y):
+def as_u(x: Value) -> Value:
+    """The same bits as uint32."""
+    return x.to("bitcast", U)
+
+
+def as_f(x: Value) -> Value:
+    """The same bits as float32."""
+    return x.to("bitcast", F)
+
+
+def signed_to_f(x: Value) -> Value:
+    """int32 values -> nearest float32."""
+    return x.to("sitofp", F)
+
+
+def truncate_to_u(x: Value) -> Value:
+    """float32 values in [0, 2^31) -> integer parts."""
+    return x.to("fptosi", U)
+
+
+def signed_shift(x: Value, by: int) -> Value:
+    """int32 values / 2^by, rounded down."""
+    return Value(x.builder, x.builder.ashr(x.value, constant(U, by)))
+
+
+def sqrt(x: Value) -> Value:
+    """Square roots of float32 lanes, rounded to nearest."""
+    kind = ir.FunctionType(F, [F])
+    function = cgutils.get_or_insert_function(x.builder.module, kind, f"llvm.sqrt.v{LANES}f32")
+    return Value(x.builder, x.builder.call(function, [x.value]))
+
+
+def where(mask: Value, x: Value | int, y: Value) -> Value:
     """Lanes of x where the mask is set, else of y."""
-    kind = x if isinstance(x, Lanes) else y
-
-    def code(context, builder, signature, arguments):
-        a, b = (_lift(context, builder, t, v, kind) for t, v in zip(signature.args[1:], arguments[1:], strict=True))
-        return builder.select(arguments[0], a, b)
-
-    return kind(mask, x, y), code
+    return Value(y.builder, y.builder.select(mask.value, y.like(x), y.value))
 
 
-@intrinsic
-def multiply(typing, x, m):
-    """(high, low) 32 bits of x * m, m a number: even and odd lanes as two vectors of 64-bit products."""
-
-    def code(context, builder, signature, arguments):
-        wide = ir.VectorType(_I64, LANES // 2)
-        low, by = _constant([0xFFFFFFFF] * (LANES // 2), _I64), _constant([32] * (LANES // 2), _I64)
-        pairs = builder.bitcast(arguments[0], wide)
-        factor = builder.and_(builder.bitcast(_lift(context, builder, signature.args[1], arguments[1], U), wide), low)
-        even = builder.mul(builder.and_(pairs, low), factor)
-        odd = builder.mul(builder.lshr(pairs, by), factor)
-        high = builder.or_(builder.lshr(even, by), builder.and_(odd, builder.not_(low)))
-        rest = builder.or_(builder.and_(even, low), builder.shl(odd, by))
-        results = [builder.bitcast(v, U.vector) for v in (high, rest)]
-        return context.make_tuple(builder, signature.return_type, results)
-
-    return types.UniTuple(U, 2)(x, m), code
+def multiply(x: Value, m: int) -> tuple[Value, Value]:
+    """High and low 32 bits of x * m: even and odd lanes as two vectors of 64-bit products, then sorted."""
+    wide = ir.VectorType(I64, LANES // 2)
+    pairs = x.to("bitcast", wide)
+    even, odd = (((v & 0xFFFFFFFF) * m).to("bitcast", U) for v in (pairs, pairs >> 32))
+    low = [lane + part for lane in range(0, LANES, 2) for part in (0, LANES)]
+    return shuffle(even, odd, [lane + 1 for lane in low]), shuffle(even, odd, low)
 
 
-@intrinsic
-def interleave(typing, a, b, c, d):
+def interleave(a: Value, b: Value, c: Value, d: Value) -> list[Value]:
     """a0 b0 c0 d0 a1 b1 .. d15 as four vectors."""
-
-    def code(context, builder, signature, arguments):
-        a, b, c, d = arguments
-        both = list(range(2 * LANES))
-        order = [vector * LANES + lane for lane in range(LANES) for vector in range(4)]
-        all_four = _shuffle(builder, _shuffle(builder, a, b, both), _shuffle(builder, c, d, both), order)
-        parts = [
-            _shuffle(builder, all_four, all_four, list(range(i, i + LANES))) for i in range(0, 4 * LANES, LANES)
-        ]
-        return context.make_tuple(builder, signature.return_type, parts)
-
-    return types.UniTuple(a, 4)(a, b, c, d), code
+    pair = range(2 * LANES)
+    order = [vector * LANES + lane for lane in range(LANES) for vector in range(4)]
+    whole = shuffle(shuffle(a, b, pair), shuffle(c, d, pair), order)
+    return [shuffle(whole, whole, range(i, i + LANES)) for i in range(0, 4 * LANES, LANES)]
 
 
-@intrinsic
-def halves(typing, x):
+def halves(x: Value) -> list[Value]:
     """The 32 half words of a vector in memory order, as two vectors of numbers below 2^16."""
+    short = x.to("bitcast", ir.VectorType(I16, 2 * LANES))
+    return [shuffle(short, short, range(i, i + LANES)).to("zext", U) for i in (0, LANES)]
+
+
+def load(address: Value, kind: ir.Type, align: int = 4) -> Value:
+    builder = address.builder
+    return Value(builder, builder.load(builder.inttoptr(address.value, kind.as_pointer()), align=align, typ=kind))
+
+
+def store(address: Value, x: Value, align: int = 4) -> None:
+    builder = address.builder
+    builder.store(x.value, builder.inttoptr(address.value, x.value.type.as_pointer()), align=align)
+
+
+def load_f(address: Value) -> Value:
+    """Sixteen float32."""
+    return load(address, F)
+
+
+def load_u16(address: Value) -> Value:
+    """Sixteen 16-bit numbers."""
+    return load(address, SHORT, 2).to("zext", U)
+
+
+def store_u16(address: Value, x: Value) -> None:
+    """The low half of each lane."""
+    store(address, x.to("trunc", SHORT), 2)
+
+
+def scratch(builder: ir.IRBuilder, size: int) -> Value:
+    """Address of `size` bytes on the stack of the function being written, aligned to cache lines."""
+    with builder.goto_entry_block():
+        space = builder.alloca(ir.ArrayType(I8, size))
+    space.align = 64
+    return Value(builder, builder.ptrtoint(space, I64))
+
+
+@contextmanager
+def loop(count: Value) -> Iterator[Value]:
+    """The code written inside runs `count` (int64) times; the counter is yielded."""
+    with cgutils.for_range(count.builder, count.value, intp=I64) as counter:
+        yield Value(count.builder, counter.index)
+
+
+def stage(function: Callable[..., None], name: str = "") -> Any:
+    """Make a function that writes code into one that numba kernels can call.
+
+    Its parameters are int64, or float32 where annotated so (`float`); it returns nothing. `name`: unique among stages.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    symbol = f"smidgen.{name or function.__name__}"
+    kinds = [F32 if p.annotation in (float, "float") else I64 for p in parameters]
 
     def code(context, builder, signature, arguments):
-        short = builder.bitcast(arguments[0], ir.VectorType(_I16, 2 * LANES))
-        parts = [
-            builder.zext(_shuffle(builder, short, short, list(range(i, i + LANES))), U.vector) for i in (0, LANES)
-        ]
-        return context.make_tuple(builder, signature.return_type, parts)
+        callee = builder.module.globals.get(symbol)
+        if callee is None:
+            callee = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), symbol)
+            callee.linkage = "internal"
+            callee.attributes.add("noinline")
+            inner = ir.IRBuilder(callee.append_basic_block())
+            function(*(Value(inner, argument) for argument in callee.args))
+            inner.ret_void()
+        builder.call(callee, arguments)
+        return context.get_dummy_value()
 
-    return types.UniTuple(U, 2)(x), code
+    result = types.void(*(types.float32 if kind == F32 else types.int64 for kind in kinds))
 
+    def typed(typing, *arguments):
+        return result, code
 
-def _pointer(context: Any, builder: Any, ty: types.Type, address: Any, to: ir.Type) -> Any:
-    return builder.inttoptr(context.cast(builder, address, ty, types.int64), to.as_pointer())
-
-
-def _loader(result: Lanes, memory: ir.Type, align: int, widen: Any) -> Any:
-    @intrinsic
-    def load(typing, address):
-        def code(context, builder, signature, arguments):
-            return widen(context, builder, builder.load(_pointer(context, builder, address, arguments[0], memory), align=align))
-
-        return result(address), code
-
-    return load
-
-
-def _storer(kind: Lanes, memory: ir.Type, align: int) -> Any:
-    @intrinsic
-    def store(typing, address, x):
-        def code(context, builder, signature, arguments):
-            value = builder.trunc(arguments[1], memory) if memory != kind.vector else arguments[1]
-            builder.store(value, _pointer(context, builder, address, arguments[0], memory), align=align)
-            return context.get_dummy_value()
-
-        return types.void(address, x), code
-
-    return store
+    typed.__name__ = function.__name__
+    # numba asks for the names of the parameters.
+    context = inspect.Parameter("typing", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    typed.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    return intrinsic(typed)
 
 
-_SHORT = ir.VectorType(_I16, LANES)
-load_f = _loader(F, F.vector, 4, lambda context, builder, v: v)
-load_u16 = _loader(U, _SHORT, 2, lambda context, builder, v: builder.zext(v, U.vector))
-load_word = _loader(U, _I32, 4, lambda context, builder, v: _lift(context, builder, types.uint32, v, U))  # one, in all lanes
-store_f = _storer(F, F.vector, 4)
-store_u = _storer(U, U.vector, 4)
-store_u16 = _storer(U, _SHORT, 2)  # the low half of each lane
+def _pointer(builder: ir.IRBuilder, address: Any, kind: ir.Type) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
 
 
 @intrinsic
-def load_i64(typing, address):
-    """One number."""
+def number_at(typing, record, field):
+    """The float64 number `field` of a record in memory."""
 
     def code(context, builder, signature, arguments):
-        return builder.load(_pointer(context, builder, address, arguments[0], _I64), align=8)
+        at = builder.add(arguments[0], builder.mul(context.cast(builder, arguments[1], field, types.int64), I64(8)))
+        return builder.load(_pointer(builder, at, F64), align=8, typ=F64)
 
-    return types.int64(address), code
+    return types.float64(types.int64, field), code
+
+
+@intrinsic
+def int64_at(typing, address):
+    """The int64 number in memory."""
+
+    def code(context, builder, signature, arguments):
+        return builder.load(_pointer(builder, arguments[0], I64), align=8, typ=I64)
+
+    return types.int64(types.int64), code
+
+
+@intrinsic
+def take(typing, address, amount):
+    """Add `amount` to the int64 in memory atomically; what was there."""
+
+    def code(context, builder, signature, arguments):
+        return builder.atomic_rmw("add", _pointer(builder, arguments[0], I64), arguments[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), code
 
 
 @intrinsic
 def copy(typing, target, source, size):
-    """Copy `size` bytes; the ranges do not overlap."""
+    """Copy bytes between ranges that do not overlap."""
 
     def code(context, builder, signature, arguments):
-        to, frm = (_pointer(context, builder, t, v, _I8) for t, v in zip(signature.args[:2], arguments[:2], strict=True))
-        cgutils.raw_memcpy(builder, to, frm, context.cast(builder, arguments[2], size, types.intp), 1)
+        to, from_, count = arguments
+        cgutils.raw_memcpy(builder, _pointer(builder, to, I8), _pointer(builder, from_, I8), count, 1)
         return context.get_dummy_value()
 
-    return types.void(target, source, size), code
+    return types.void(types.int64, types.int64, types.int64), code
 
 
 @intrinsic(prefer_literal=True)
-def scratch(typing, size):
-    """Address of `size` (a literal) bytes on the stack of the calling function, aligned to cache lines."""
+def stack(typing, size):
+    """Address of `size` (a literal) bytes on the stack of the calling kernel."""
 
     def code(context, builder, signature, arguments):
-        space = cgutils.alloca_once(builder, ir.ArrayType(_I8, size.literal_value))
-        space.align = 64
-        return builder.ptrtoint(space, _I64)
+        return scratch(builder, size.literal_value).value
 
-    if not isinstance(size, types.IntegerLiteral):
-        return None
     return types.int64(size), code

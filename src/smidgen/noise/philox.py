@@ -95,11 +95,16 @@ class Address:
         ):
             raise ValueError(f"{self} is out of range: seed has 64 bits, tensor and step 32, query 24, purpose 8")
 
+    @property
+    def words(self) -> tuple[int, int, int, int, int]:
+        """Key and last three counter words: seed low, seed high, tensor, step, query << 8 | purpose."""
+        return self.seed & _32, self.seed >> 32, self.tensor, self.step, self.query << 8 | self.purpose
+
 
 Term = tuple[Address, float]
 
 
-def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: Sequence[Tensor | int], key: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10. `counter`: four words, int64 tensors of one shape or ints, in [0, 2^32); returns four such tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -120,8 +125,8 @@ def _multiply(a: Tensor | int, m: int) -> tuple[Tensor | int, Tensor | int]:
 
 def words(address: Address, blocks: Tensor) -> Tensor:
     """The random words of blocks: int64 [...] -> int64 [..., 4] in [0, 2^32)."""
-    counter = (blocks, address.tensor, address.step, address.query << 8 | address.purpose)
-    return torch.stack(philox(counter, (address.seed & _32, address.seed >> 32)), dim=-1)
+    *key, tensor, step, use = address.words
+    return torch.stack(philox((blocks, tensor, step, use), key), dim=-1)
 
 
 def signs(w: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ def normals(w: Tensor) -> Tensor:
     above = bits - SQRT_HALF_BITS
     f = (bits - (above & -(1 << 23))).view(torch.float32) - 1
     halvings = (31 - (above >> 23)).to(torch.float32)
-    r = torch.sqrt(halvings * _float32(TWO_LN2) + (f * f * _horner(LOG, f) - 2 * f))
+    r = _sqrt(halvings * TWO_LN2 + (f * f * _horner(LOG, f) - 2 * f))
 
     turn = (b << 2 | 2) & _32
     y = (turn - (turn >> 31 << 32)).to(torch.float32) * 2.0**-31
@@ -150,8 +155,17 @@ def normals(w: Tensor) -> Tensor:
     return torch.stack((r * torch.where(swap, s, c), r * torch.where(swap, c, s)), dim=-1).flatten(-2)
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """Square root rounded to nearest float32.
+
+    torch.sqrt may be off by one unit in the last place (MKL's is, on the CPU); through float64 it is not. Devices without
+    float64 give what they have.
+    """
+    return x.sqrt() if x.device.type == "mps" else x.double().sqrt().float()
+
+
 def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    *rest, last = (_float32(c) for c in coefficients)
+    *rest, last = coefficients  # torch rounds numbers to the tensor's float32
     p = x * last + rest.pop()
     while rest:
         p = p * x + rest.pop()

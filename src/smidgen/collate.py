@@ -1,0 +1,59 @@
+"""Collator: encoded rows -> a batch of padded tensors. `torch` is imported on use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smidgen.drafts import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Collator"]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows -> batch of int64 tensors: input_ids, attention_mask [B, T], labels [B, T] or [B] for classification.
+
+    Pads at the left for 'causal', so that answers end at one position, else at the right. choices: token ids that the
+    batch carries along, [C]. position_ids: count positions from the first real token; needed by models that number
+    positions by place (GPT-2, GPT-Neo); ignored for other kinds, which are padded at the right.
+    """
+
+    pad_id: int
+    kind: str
+    choices: tuple[int, ...] | None = None
+    position_ids: bool = False
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        mask = [[1] * len(row["input_ids"]) for row in rows]
+        batch = {
+            "input_ids": self._pad([row["input_ids"] for row in rows], width, self.pad_id),
+            "attention_mask": self._pad(mask, width, 0),
+        }
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = self._pad([row["token_type_ids"] for row in rows], width, 0)
+        if "labels" in rows[0]:
+            labels = [row["labels"] for row in rows]
+            if self.kind == "classification":
+                batch["labels"] = torch.tensor(labels)
+            else:
+                batch["labels"] = self._pad(labels, max(len(row) for row in labels), IGNORED)
+        if self.position_ids and self.kind == "causal":
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_(min=0)
+        if self.choices is not None:
+            batch["choices"] = torch.tensor(self.choices)
+        return batch
+
+    def _pad(self, rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
+        import torch
+
+        if self.kind == "causal":
+            return torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
+        return torch.tensor([list(row) + [value] * (width - len(row)) for row in rows])

@@ -1,0 +1,174 @@
+"""Addressed noise: z is a pure function of (seed, tensor, step, query, purpose) and the element's number.
+
+Any tensor, row or range can be regenerated alone, on any device, in any order; no generator exists and the global ones
+are never touched. `philox` defines the values in plain torch; `cpu` (numba) and `cuda` (Triton) give the same bits in one
+pass over the weights.
+
+    out <- w + sum(s z)       displace_, displace_rows_ (an embedding's looked-up rows): rounded to nearest
+    w   <- d w + sum(s z)     update_: float32 arithmetic, one rounding, stochastic by default
+    w   <- value              write_: the same rounding for values computed elsewhere
+    out32 += sum(s z)         accumulate_
+
+Tensors are contiguous (ValueError otherwise), float32, bfloat16 or float16; float64 goes through the torch twin. Sums run
+in float32 from left to right, scales rounded to float32 first. `start` is the element number of a tensor's first
+element, so that blocks of rows can be worked on alone. Stochastic rounding applies to 16-bit tensors only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from smidgen.noise import philox
+from smidgen.noise.philox import (
+    DATA,
+    INIT,
+    MASK,
+    PROBE,
+    ROUND,
+    SUBSPACE,
+    VERSION,
+    Address,
+    Distribution,
+    Term,
+    sample,
+)
+
+__all__ = [
+    "DATA",
+    "INIT",
+    "MASK",
+    "PROBE",
+    "ROUND",
+    "SUBSPACE",
+    "VERSION",
+    "Address",
+    "Distribution",
+    "Rounding",
+    "Term",
+    "accumulate_",
+    "backend",
+    "displace_",
+    "displace_rows_",
+    "sample",
+    "update_",
+    "use",
+    "write_",
+]
+
+Rounding = Literal["stochastic", "nearest"]
+
+log = logging.getLogger("smidgen")
+
+_MODULES = {"numba": "cpu", "triton": "cuda", "torch": "philox"}
+_NATIVE = {"cpu": "numba", "cuda": "triton"}
+_forced: ContextVar[str | None] = ContextVar("noise backend", default=None)
+
+
+def displace_(out: Tensor, weight: Tensor, terms: Sequence[Term], distribution: Distribution, *, start: int = 0) -> None:
+    """out <- nearest(weight + sum(scale * z)) in out's dtype. `out` and `weight` have one shape and may be one tensor."""
+    if out.shape != weight.shape:
+        raise ValueError(f"out has shape {tuple(out.shape)} and weight {tuple(weight.shape)}; they must be equal")
+    _check(out, weight)
+    _apply(weight)(out, weight, None, terms, distribution, 1.0, None, start)
+
+
+def displace_rows_(out: Tensor, weight: Tensor, rows: Tensor, terms: Sequence[Term], distribution: Distribution) -> None:
+    """out[i] <- nearest(weight[rows[i]] + sum(scale * z[rows[i]])). weight [V, D], rows int64 [n], out [n, D]."""
+    if weight.ndim != 2 or rows.ndim != 1 or rows.dtype != torch.int64 or out.shape != (len(rows), weight.shape[1]):
+        raise ValueError(
+            f"out {tuple(out.shape)}, weight {tuple(weight.shape)} and rows {tuple(rows.shape)} {rows.dtype} do not fit: "
+            "they must be [n, D], [V, D] and int64 [n]"
+        )
+    _check(out, weight)
+    _apply(weight)(out, weight, rows, terms, distribution, 1.0, None, 0)
+
+
+def accumulate_(out32: Tensor, terms: Sequence[Term], distribution: Distribution, *, start: int = 0) -> None:
+    """out32 += sum(scale * z), float32."""
+    if out32.dtype != torch.float32:
+        raise ValueError(f"out32 is {out32.dtype}; sums of noise are float32")
+    _check(out32, out32)
+    _apply(out32)(out32, out32, None, terms, distribution, 1.0, None, start)
+
+
+def update_(
+    weight: Tensor,
+    terms: Sequence[Term],
+    distribution: Distribution,
+    *,
+    decay: float = 1.0,
+    rounding: Rounding = "stochastic",
+    at: Address,
+    start: int = 0,
+) -> None:
+    """weight <- round(decay * weight + sum(scale * z)): one pass, one rounding. `at` addresses the rounding's bits."""
+    _check(weight, weight)
+    _apply(weight)(weight, weight, None, terms, distribution, decay, _rounding(rounding, at), start)
+
+
+def write_(weight: Tensor, value32: Tensor, *, rounding: Rounding, at: Address, start: int = 0) -> None:
+    """weight <- round(value32), float32 values of the weight's shape."""
+    if weight.shape != value32.shape or value32.dtype != torch.float32:
+        raise ValueError(
+            f"value32 is {value32.dtype} {tuple(value32.shape)}; it must be float32 of the weight's shape {tuple(weight.shape)}"
+        )
+    _check(weight, value32)
+    _apply(weight)(weight, value32, None, (), "rademacher", 1.0, _rounding(rounding, at), start)
+
+
+def backend(device: torch.device | str) -> str:
+    """Which implementation works on tensors of this device: "numba", "triton" or "torch". Loads it."""
+    name = _forced.get() or _NATIVE.get(torch.device(device).type, "torch")
+    return _load(name)[0]
+
+
+@contextmanager
+def use(name: Literal["numba", "triton", "torch"]) -> Iterator[None]:
+    """Force a backend inside the block, for tests. A forced backend that cannot be loaded raises."""
+    if name not in _MODULES:
+        raise ValueError(f"backend {name!r} is unknown; there are {', '.join(_MODULES)}")
+    importlib.import_module(f"smidgen.noise.{_MODULES[name]}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _apply(tensor: Tensor) -> Callable[..., None]:
+    """The backend's function for a tensor."""
+    return _load(_forced.get() or _NATIVE.get(tensor.device.type, "torch"))[1]
+
+
+@functools.cache
+def _load(name: str) -> tuple[str, Callable[..., None]]:
+    """Import a backend on its first use; the torch twin, announced, where its compiler is missing."""
+    try:
+        return name, importlib.import_module(f"smidgen.noise.{_MODULES[name]}").apply_
+    except ImportError as error:
+        log.warning("noise is generated by plain torch, some 20 times slower, because %s cannot be imported: %s", name, error)
+        return "torch", philox.apply_
+
+
+def _check(out: Tensor, weight: Tensor) -> None:
+    if not (out.is_contiguous() and weight.is_contiguous()):
+        raise ValueError(f"noise works on contiguous tensors; this one has shape {tuple(out.shape)}, strides {out.stride()}")
+    if not (out.dtype.is_floating_point and weight.dtype.is_floating_point):
+        raise ValueError(f"noise works on floating point tensors, not on {weight.dtype} and {out.dtype}")
+
+
+def _rounding(rounding: Rounding, at: Address) -> Address | None:
+    if rounding == "stochastic":
+        return at
+    if rounding == "nearest":
+        return None
+    raise ValueError(f"rounding {rounding!r} is unknown; there are 'stochastic' and 'nearest'")
