@@ -13,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from _record import emit
-from zo_step import EPS, LR, batch, opt_125m
 
 from smidgen import journal
 from smidgen.objective import ModelObjective, Recorded, Replayed
 from smidgen.optim.zo_sgd import ZOSGD
 from smidgen.params import ParamView
 from smidgen.probing import Engine
+from zo_step import EPS, LR, batch, opt_125m
 
 
 def main() -> None:
@@ -56,7 +56,12 @@ def main() -> None:
     assert all(torch.equal(end[e.name], e.storage) for e in view), "replay differs from training"
     figures = {"replay_speedup": statistics.median(live[1:]) / statistics.median(replayed[1:]), "bytes_per_step": size}
     goals = {"replay_speedup": (">=", 10.0), "bytes_per_step": ("<=", 64.0)}
-    emit("journal", figures, goals, {"model": "OPT-125M shape, random", "batch": "16x64", "labels": 2, "steps": args.steps, "layers": args.layers})
+    emit(
+        "journal",
+        figures,
+        goals,
+        {"model": "OPT-125M shape, random", "batch": "16x64", "labels": 2, "steps": args.steps, "layers": args.layers},
+    )
 
 
 if __name__ == "__main__":

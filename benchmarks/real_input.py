@@ -53,7 +53,19 @@ def cell(model: str, path: Path, data: Path, method: str, scheme: str, seed: int
         return json.loads(record.read_text())
     task = ["--task", "sst2", "--data", str(data)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "smidgen", "train", "--model", str(path), *task, "--method", method, "--scheme", scheme]
+        command = [
+            sys.executable,
+            "-m",
+            "smidgen",
+            "train",
+            "--model",
+            str(path),
+            *task,
+            "--method",
+            method,
+            "--scheme",
+            scheme,
+        ]
         command += [*SETTINGS[model][method, scheme], "--seed", str(seed), "--train-rows", "1000", "--threads", str(threads)]
         command += ["train.lr_scheduler_type=linear", "max_length=64", "-o", f"{folder}/run", "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -84,7 +96,16 @@ def main() -> None:
             continue
         for method, scheme in cells:
             records = [
-                cell(model, paths[model], args.data, method, scheme, s, args.threads, args.records / f"{model}-{method}-{scheme}-{s}.json")
+                cell(
+                    model,
+                    paths[model],
+                    args.data,
+                    method,
+                    scheme,
+                    s,
+                    args.threads,
+                    args.records / f"{model}-{method}-{scheme}-{s}.json",
+                )
                 for s in args.seeds
             ]
             name = f"{model}_{method}_{scheme}"
@@ -95,7 +116,8 @@ def main() -> None:
             figures[f"{name}_peak_mib"] = statistics.median(r["peak_bytes"] for r in records) / 2**20
             figures[f"{name}_forwards"] = records[0]["forwards"]
             figures[f"{name}_seconds"] = statistics.median(r["seconds"] for r in records)
-            print(f"{name}: {figures[f'{name}_before']:.1f} -> {figures[f'{name}_accuracy']:.1f} +- {figures[f'{name}_spread']:.1f}", flush=True)
+            before, mean, spread = (figures[f"{name}_{key}"] for key in ("before", "accuracy", "spread"))
+            print(f"{name}: {before:.1f} -> {mean:.1f} +- {spread:.1f}", flush=True)
     emit("real_input", figures, {}, {"seeds": args.seeds, "threads": args.threads, "rows": 1000, "dev_rows": 872})
 
 

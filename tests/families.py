@@ -123,7 +123,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tupl
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build()
-        for name, parameter in model.named_parameters():  # biases and norms away from their trivial values
+        for parameter in model.parameters():  # biases and norms away from their trivial values
             if parameter.ndim == 1:
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return kind, model.to(dtype).eval()

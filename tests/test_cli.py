@@ -20,7 +20,13 @@ SMALL = ["--task", "reviews", "--train-rows", "64", "--dev-rows", "32", "--batch
 
 def smidgen(*arguments, cwd, code=0, **options):
     done = subprocess.run(
-        [sys.executable, "-m", "smidgen", *map(str, arguments)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300, **options
+        [sys.executable, "-m", "smidgen", *map(str, arguments)],
+        cwd=cwd,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
     )
     assert done.returncode == code, f"exit {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
     return done
@@ -28,7 +34,12 @@ def smidgen(*arguments, cwd, code=0, **options):
 
 def start(*arguments, cwd):
     return subprocess.Popen(
-        [sys.executable, "-m", "smidgen", *map(str, arguments)], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "smidgen", *map(str, arguments)],
+        cwd=cwd,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -64,12 +75,22 @@ def straight(tmp_path_factory):
 
 def test_a_run_leaves_the_files_that_it_promises(straight):
     names = {p.name for p in straight.iterdir()}
-    promised = {"config.resolved.yaml", "env.json", "metrics.jsonl", "journal.bin", "trainer_state.json", "result.json", "README.md"}
+    promised = {
+        "config.resolved.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "journal.bin",
+        "trainer_state.json",
+        "result.json",
+        "README.md",
+    }
     assert promised | {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not [n for n in names if n.endswith(".part") or n == ".saving"]
     found = result(straight)
-    keys = ("status metric before dev test steps forwards backwards tokens seconds peak_bytes weights_sha256 config_sha256 versions").split()
-    assert set(keys) <= set(found)
+    keys = (
+        "status metric before dev test steps forwards backwards tokens seconds peak_bytes weights_sha256 config_sha256 versions"
+    )
+    assert set(keys.split()) <= set(found)
     assert found["status"] == "done" and found["steps"] == 40 and found["forwards"] == 80 and found["backwards"] == 0
     assert found["peak_bytes"] > 2_000_000
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
@@ -186,7 +207,9 @@ def test_full_run_exports_evaluates_and_generates(straight, tmp_path):
     assert found["accuracy"] == result(straight)["dev"]["accuracy"]
     text = smidgen("generate", straight, "Once upon a time", "--max-new-tokens", "12", cwd=tmp_path).stdout
     assert text.startswith("Once upon a time") and len(text) > 25
-    assert smidgen("generate", straight, "--max-new-tokens", "3", cwd=tmp_path, input="One day\nThe cat\n").stdout.count("\n") >= 2
+    assert (
+        smidgen("generate", straight, "--max-new-tokens", "3", cwd=tmp_path, input="One day\nThe cat\n").stdout.count("\n") >= 2
+    )
 
 
 def write(path: Path, rows) -> Path:
@@ -195,7 +218,11 @@ def write(path: Path, rows) -> Path:
 
 
 def test_a_model_and_a_file_are_enough(tmp_path):
-    rows = [{"prompt": f"The {a} is", "completion": f" {b}."} for a in ("cat", "dog", "sun", "sky") for b in ("big", "red", "good", "old")] * 3
+    rows = [
+        {"prompt": f"The {a} is", "completion": f" {b}."}
+        for a in ("cat", "dog", "sun", "sky")
+        for b in ("big", "red", "good", "old")
+    ] * 3
     write(tmp_path / "my.jsonl", rows)
     done = smidgen("train", "--model", "embedded", "--data", "my.jsonl", "--steps", "4", cwd=tmp_path)
     run = next((tmp_path / "runs").iterdir())
@@ -210,7 +237,10 @@ def test_a_model_and_a_file_are_enough(tmp_path):
     "rows",
     [
         [{"text": f"story number {i} was {'good' if i % 2 else 'bad'}", "label": "yes" if i % 2 else "no"} for i in range(30)],
-        [{"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"It is {i}."}]} for i in range(30)],
+        [
+            {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"It is {i}."}]}
+            for i in range(30)
+        ],
         [{"text": f"Once upon a time there was a number called {i}."} for i in range(30)],
     ],
 )
@@ -324,5 +354,5 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=ENV)
     assert "export" in smidgen("--help", cwd=tmp_path).stdout
-    for verb in "demo train eval generate replay export init methods tasks data env".split():
+    for verb in ["demo", "train", "eval", "generate", "replay", "export", "init", "methods", "tasks", "data", "env"]:
         assert "Usage" in smidgen(verb, "--help", cwd=tmp_path).stdout

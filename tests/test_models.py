@@ -1,8 +1,7 @@
-"""Models: names, kinds, loading through the Auto classes, sizes without loading, hashes, and the errors of bad folders."""
+"""Models: names, kinds, loading through the Auto classes, sizes without loading, and the errors of bad folders."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -16,7 +15,7 @@ import pytest
 import torch
 import transformers as tf
 
-import test_data
+import texts
 from smidgen import models
 from smidgen.config import ConfigError
 
@@ -43,17 +42,17 @@ def opt(folder: Path) -> Path:
         vocab_size=400, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=64,
     )  # fmt: skip
-    return make(folder, tf.OPTForCausalLM, config, test_data.byte_tokenizer(bos=True))
+    return make(folder, tf.OPTForCausalLM, config, texts.byte_tokenizer(bos=True))
 
 
 def gpt2(folder: Path) -> Path:
     config = tf.GPT2Config(vocab_size=400, n_embd=16, n_layer=2, n_head=2, n_positions=64)
-    return make(folder, tf.GPT2LMHeadModel, config, test_data.byte_tokenizer())
+    return make(folder, tf.GPT2LMHeadModel, config, texts.byte_tokenizer())
 
 
 def llama(folder: Path) -> Path:
     config = tf.LlamaConfig(vocab_size=400, **WIDE, max_position_embeddings=64, dtype="bfloat16")
-    return make(folder, tf.LlamaForCausalLM, config, test_data.byte_tokenizer(bos=True))
+    return make(folder, tf.LlamaForCausalLM, config, texts.byte_tokenizer(bos=True))
 
 
 def bert_config(**options: Any) -> tf.BertConfig:
@@ -61,21 +60,21 @@ def bert_config(**options: Any) -> tf.BertConfig:
 
 
 def bert(folder: Path) -> Path:
-    return make(folder, tf.BertModel, bert_config(), test_data.word_tokenizer())
+    return make(folder, tf.BertModel, bert_config(), texts.word_tokenizer())
 
 
 def bert_masked(folder: Path) -> Path:
-    return make(folder, tf.BertForMaskedLM, bert_config(), test_data.word_tokenizer())
+    return make(folder, tf.BertForMaskedLM, bert_config(), texts.word_tokenizer())
 
 
 def roberta(folder: Path) -> Path:
     config = tf.RobertaConfig(vocab_size=400, **WIDE, max_position_embeddings=66, pad_token_id=1)
-    return make(folder, tf.RobertaForMaskedLM, config, test_data.byte_tokenizer(framed=True))
+    return make(folder, tf.RobertaForMaskedLM, config, texts.byte_tokenizer(framed=True))
 
 
 def t5(folder: Path) -> Path:
     config = tf.T5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    return make(folder, tf.T5ForConditionalGeneration, config, test_data.sentence_tokenizer())
+    return make(folder, tf.T5ForConditionalGeneration, config, texts.sentence_tokenizer())
 
 
 CASES = {
@@ -130,11 +129,12 @@ def test_dtypes(tmp_path):
 
 
 def test_every_family_runs_on_encoded_rows(tmp_path):
-    from smidgen.data import Collator, encode
+    from smidgen.collate import Collator
+    from smidgen.encode import encode
 
     for name, (build, kind, _) in CASES.items():
         model, tokenizer, _ = models.load_model(str(build(tmp_path / name)), notify=quiet)
-        rows = encode([test_data.labelled("the film was", 1), test_data.labelled("It", 0)], tokenizer, kind, 32)
+        rows = encode([texts.labelled("the film was", 1), texts.labelled("It", 0)], tokenizer, kind, 32)
         collate = Collator(tokenizer.pad_token_id, kind, position_ids=models.wants_position_ids(model))
         with torch.no_grad():
             assert torch.isfinite(model(**collate(rows[:])).loss)
@@ -158,7 +158,7 @@ def test_an_encoder_becomes_a_classifier_with_a_head_from_the_seed(tmp_path):
 
 
 def test_a_head_for_other_classes_is_replaced(tmp_path):
-    folder = str(make(tmp_path, tf.BertForSequenceClassification, bert_config(num_labels=5), test_data.word_tokenizer()))
+    folder = str(make(tmp_path, tf.BertForSequenceClassification, bert_config(num_labels=5), texts.word_tokenizer()))
     model, _, kind = models.load_model(folder, num_labels=2, notify=quiet)
     assert kind == "classification" and model.classifier.weight.shape == (2, 16)
     assert models.fresh_parameters(model) == ("classifier.bias", "classifier.weight")
@@ -175,37 +175,19 @@ def test_a_decoder_as_classifier_finds_its_padding(tmp_path):
     assert torch.allclose(short, padded, atol=1e-6)  # float32 rounding
 
 
-# -- kinds
-
-
-@pytest.mark.parametrize(
-    ("architecture", "config", "labelled", "kind"),
-    [
-        ("LlamaForCausalLM", tf.LlamaConfig, False, "causal"),
-        ("GPT2LMHeadModel", tf.GPT2Config, True, "causal"),
-        ("GPT2Model", tf.GPT2Config, False, "causal"),
-        (None, tf.OPTConfig, False, "causal"),
-        ("BertForMaskedLM", tf.BertConfig, True, "masked"),
-        ("BertForPreTraining", tf.BertConfig, True, "masked"),
-        ("ElectraForPreTraining", tf.ElectraConfig, True, "classification"),
-        ("BertModel", tf.BertConfig, True, "classification"),
-        ("RobertaForSequenceClassification", tf.RobertaConfig, True, "classification"),
-        ("BartForSequenceClassification", tf.BartConfig, True, "classification"),
-        ("BartForConditionalGeneration", tf.BartConfig, True, "seq2seq"),
-        ("T5ForConditionalGeneration", tf.T5Config, False, "seq2seq"),
-    ],
-)
-def test_kind_from_architecture(architecture, config, labelled, kind):
-    assert models.detect_kind(config(architectures=[architecture] if architecture else None), labelled) == kind
-
-
 def test_a_classifier_needs_labels(tmp_path):
-    config = tf.BertConfig(architectures=["BertModel"])
-    assert "the rows have no labels" in refuse(lambda: models.detect_kind(config, labelled=False))
     folder = str(bert(tmp_path))
     assert "the rows have no labels" in refuse(lambda: models.load_model(folder))
     assert "needs labelled rows" in refuse(lambda: models.load_model(folder, "classification"))
     assert "unknown kind 'casual'" in refuse(lambda: models.load_model(folder, "casual"))
+
+
+def test_a_kind_without_a_head_names_the_kinds_there_are(tmp_path):
+    message = refuse(lambda: models.load_model("embedded", "masked"))
+    assert message == "model 'embedded' (llama) has no masked language-model head: it can be causal or classification"
+    assert "(t5) has no causal language-model head" in refuse(lambda: models.load_model(str(t5(tmp_path / "t5")), "causal"))
+    folder = str(bert(tmp_path / "bert"))
+    assert "head: it can be causal, masked or classification" in refuse(lambda: models.load_model(folder, "seq2seq"))
 
 
 def test_position_ids_only_where_they_count_from_zero():
@@ -278,7 +260,7 @@ def test_code_of_a_model_is_not_run(tmp_path):
 def test_parts_of_different_models(tmp_path):
     folder = gpt2(tmp_path / "a")
     make(tmp_path / "b", tf.GPT2LMHeadModel, tf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
-    test_data.byte_tokenizer().save_pretrained(tmp_path / "b")
+    texts.byte_tokenizer().save_pretrained(tmp_path / "b")
     assert "351 tokens and the model 50" in refuse(lambda: models.load_model(str(tmp_path / "b"), notify=quiet))
     shutil.copy(bert(tmp_path / "c") / "model.safetensors", folder / "model.safetensors")
     assert "belong to different models" in refuse(lambda: models.load_model(str(folder), notify=quiet))
@@ -290,7 +272,7 @@ def test_a_hub_name_without_network():
 
 
 def test_missing_pad_token_is_replaced_with_a_notice(tmp_path):
-    tokenizer = test_data.byte_tokenizer()
+    tokenizer = texts.byte_tokenizer()
     tokenizer.pad_token = None
     folder = make(tmp_path, tf.GPT2LMHeadModel, tf.GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2), tokenizer)
     lines: list[str] = []
@@ -341,7 +323,7 @@ def test_context_lengths():
     assert models.context_length(tf.RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
     assert models.context_length(tf.BertConfig(max_position_embeddings=512)) == 512
     assert models.context_length(tf.T5Config()) is None and models.context_length(tf.BloomConfig()) is None
-    tokenizer = test_data.byte_tokenizer()
+    tokenizer = texts.byte_tokenizer()
     tokenizer.model_max_length = 128
     assert models.context_length(tf.GPT2Config(n_positions=1024), tokenizer) == 128
     assert models.context_length(tf.T5Config(), tokenizer) == 128
@@ -361,43 +343,6 @@ def test_free_memory_respects_the_control_group(tmp_path, monkeypatch):
     assert models.available_memory() == 500_000 < unlimited
     (tmp_path / "memory.max").write_text("max\n")
     assert models.available_memory() > 500_000
-
-
-# -- hashes
-
-
-def naive(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name}\n{str(tensor.dtype)[6:]}\n{list(tensor.shape)}\n".encode())
-        digest.update(bytes(tensor.flatten().view(torch.uint8).tolist()))
-    return digest.hexdigest()
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64 * 2**20])
-def test_hash_equals_its_definition(chunk, monkeypatch):
-    monkeypatch.setattr(models, "_CHUNK", chunk)
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(5, 6, 3, generator=generator)
-    tensors = {
-        "b": base,
-        "a": base.to(torch.bfloat16),
-        "strided": base[:, ::2],
-        "transposed": base.transpose(0, 2),
-        "column": base[:, 0, 0],
-        "scalar": torch.tensor(3, dtype=torch.int64),
-        "empty": torch.zeros(0, 4),
-        "mask": torch.tensor([True, False]),
-    }
-    assert models.state_sha256(tensors) == naive(tensors)
-    assert models.state_sha256(dict(reversed(tensors.items()))) == naive(tensors)
-
-
-def test_hash_sees_every_difference():
-    base = {"a": torch.zeros(4, 2)}
-    others = [{"b": base["a"]}, {"a": torch.zeros(2, 4)}, {"a": base["a"].half()}, {"a": -base["a"]}, {}]
-    assert len({models.state_sha256(tensors) for tensors in [base, *others]}) == 6  # -0.0 too: bits, not values
 
 
 # -- real models

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import VOCAB, batch, make
 
+from families import VOCAB, batch, make
 from smidgen.directions import Dense
 from smidgen.objective import CalledObjective, ClosureObjective, ModelObjective, Recorded, Replayed, as_objective
 from smidgen.params import ParamView

@@ -6,9 +6,9 @@ import hashlib
 
 import pytest
 import torch
-from families import make
 from torch import nn
 
+from families import make
 from smidgen import noise
 from smidgen.directions import Dense
 from smidgen.params import ParamView, canonical, tensor_id

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from families import make
 
 import smidgen
+from families import make
 from smidgen import journal
 from smidgen.config import ConfigError, Diverged
 from smidgen.trainer import ForwardOnlyMixin, forward_only, method_config
@@ -34,8 +34,16 @@ class Rows(torch.utils.data.Dataset):
 
 
 def arguments(folder: Path, **options):
-    values = {"output_dir": str(folder), "max_steps": 8, "per_device_train_batch_size": 4, "report_to": "none", "save_strategy": "no"}
-    return tf.TrainingArguments(**{**values, "disable_tqdm": True, "use_cpu": True, "logging_steps": 2, "learning_rate": 1e-4, **options})
+    values = {
+        "output_dir": str(folder),
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    return tf.TrainingArguments(
+        **{**values, "disable_tqdm": True, "use_cpu": True, "logging_steps": 2, "learning_rate": 1e-4, **options}
+    )
 
 
 class Interrupt(tf.TrainerCallback):
@@ -53,7 +61,14 @@ def run(folder, *, method="zo_sgd", trainer=None, resume=None, stop=None, method
     _, model = make("llama-tied")
     cls = trainer or smidgen.Trainer
     callbacks = [Interrupt(stop)] if stop else None
-    t = cls(model=model, args=arguments(folder, **options), train_dataset=Rows(), method=method, method_args=method_args, callbacks=callbacks)
+    t = cls(
+        model=model,
+        args=arguments(folder, **options),
+        train_dataset=Rows(),
+        method=method,
+        method_args=method_args,
+        callbacks=callbacks,
+    )
     if stop:
         with pytest.raises(KeyboardInterrupt):
             t.train(resume_from_checkpoint=resume)
@@ -112,7 +127,7 @@ def test_resume_in_mid_epoch_is_bit_equal(tmp_path, method, save):
 
 def test_resume_refuses_other_settings_and_another_base(tmp_path):
     run(tmp_path, stop=4)
-    with pytest.raises(ConfigError, match="eps: 0.001 -> 0.01"):
+    with pytest.raises(ConfigError, match=r"eps: 0\.001 -> 0\.01"):
         run(tmp_path, resume=True, method_args={"eps": 1e-2})
     with pytest.raises(ConfigError, match="learning rate"):
         run(tmp_path, resume=True, lr_scheduler_type="constant")
@@ -129,10 +144,11 @@ def test_sft_trainer_keeps_its_loss_and_its_head_is_displaced(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-
     def build(folder, **options):
         _, model = make("llama-untied")
-        rows = Dataset.from_list([{"input_ids": r["input_ids"].tolist(), "labels": r["labels"].tolist()} for r in (Rows()[i] for i in range(24))])
+        rows = Dataset.from_list(
+            [{"input_ids": r["input_ids"].tolist(), "labels": r["labels"].tolist()} for r in (Rows()[i] for i in range(24))]
+        )
         config = trl.SFTConfig(
             output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, bf16=False, gradient_checkpointing=False,
             report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, max_length=None, **options,
@@ -146,7 +162,7 @@ def test_sft_trainer_keeps_its_loss_and_its_head_is_displaced(tmp_path):
     assert not torch.equal(head, model.lm_head.weight)
     record = journal.read(tmp_path / "a" / "journal.bin").steps()[0]
     assert record.values[0] != record.values[1]
-    readers = {r.name: [a for e, _, a in r.tensors if e.name == "lm_head.weight"] for r in t.engine._readers.values()}
+    readers = {r.name: [a for e, _, a in r.tensors if e.name == "lm_head.weight"] for r in t.engine.readers}
     assert readers[""] == ["weight"]
     # the slope that was recorded is that of a plainly displaced copy under trl's own loss
     twin, other = build(tmp_path / "b")
@@ -177,7 +193,7 @@ def _tokenizer(folder):
 
 
 def test_misuse_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="GradScaler|fp16"):
+    with pytest.raises(ConfigError, match="fp16"):
         run(tmp_path, fp16=True, use_cpu=True)
     with pytest.raises(ConfigError, match="did you mean 'zo_sgd'"):
         method_config("zo_sdg", None, {})

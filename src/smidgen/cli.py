@@ -11,7 +11,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from smidgen import __version__
-from smidgen.config import ConfigError, UserError, load, options
+from smidgen.config import ConfigError, UserError, options
+from smidgen.config_file import load
 
 app = typer.Typer(
     name="smidgen",
@@ -32,15 +33,15 @@ def _flag(key: str, *names: str) -> Any:
 
 
 def _text(key: str, *names: str) -> Any:
-    return Annotated[Optional[str], _flag(key, *names)]  # noqa: UP007, UP045 - typer reads this at run time
+    return Annotated[Optional[str], _flag(key, *names)]  # noqa: UP045 - typer reads this at run time
 
 
 def _number(key: str, *names: str) -> Any:
-    return Annotated[Optional[int], _flag(key, *names)]  # noqa: UP007, UP045
+    return Annotated[Optional[int], _flag(key, *names)]  # noqa: UP045
 
 
 def _real(key: str, *names: str) -> Any:
-    return Annotated[Optional[float], _flag(key, *names)]  # noqa: UP007, UP045
+    return Annotated[Optional[float], _flag(key, *names)]  # noqa: UP045
 
 
 def _split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:
@@ -58,8 +59,10 @@ def _print(values: Any) -> None:
 @app.command()
 def train(
     arguments: Annotated[
-        Optional[list[str]],  # noqa: UP007, UP045
-        typer.Argument(metavar="[CONFIG.yaml] [KEY=VALUE]...", help="configuration file, and overrides such as train.max_steps=100"),
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="[CONFIG.yaml] [KEY=VALUE]...", help="configuration file, and overrides such as train.max_steps=100"
+        ),
     ] = None,
     model: _text("model", "--model", "-m") = None,  # type: ignore[valid-type]
     task: _text("task", "--task", "-t") = None,  # type: ignore[valid-type]
@@ -71,7 +74,7 @@ def train(
     steps: _number("train.max_steps", "--steps") = None,  # type: ignore[valid-type]
     lr: _real("train.learning_rate", "--lr") = None,  # type: ignore[valid-type]
     batch: _number("train.per_device_train_batch_size", "--batch") = None,  # type: ignore[valid-type]
-    eps: Annotated[Optional[float], typer.Option(help="size of a probe, for methods that probe", show_default=False)] = None,  # noqa: UP007, UP045
+    eps: Annotated[Optional[float], typer.Option(help="size of a probe, for methods that probe", show_default=False)] = None,  # noqa: UP045
     max_length: _number("max_length") = None,  # type: ignore[valid-type]
     train_rows: _number("train_rows") = None,  # type: ignore[valid-type]
     dev_rows: _number("dev_rows") = None,  # type: ignore[valid-type]
@@ -83,7 +86,9 @@ def train(
     resume: Annotated[bool, _flag("resume", "--resume")] = False,
     force: Annotated[bool, _flag("force", "--force")] = False,
     trust_remote_code: Annotated[bool, _flag("trust_remote_code", "--trust-remote-code")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the configuration, train nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, print the configuration, train nothing")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Tune a model on a task or on your data.
@@ -133,20 +138,24 @@ def evaluate(
     data: _text("data", "--data", "-d") = None,  # type: ignore[valid-type]
     split: Annotated[str, typer.Option(help="train, dev or test")] = "dev",
     batch: _number("train.per_device_eval_batch_size", "--batch") = None,  # type: ignore[valid-type]
-    exact_match: Annotated[bool, typer.Option("--exact-match", help="generate answers and compare them with the given ones")] = False,
+    exact_match: Annotated[
+        bool, typer.Option("--exact-match", help="generate answers and compare them with the given ones")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Loss and accuracy of a run, or of any model, on a split."""
     from smidgen.inference import evaluate_folder
 
     found = evaluate_folder(run, task=task, data=data, split=split, batch_size=batch, match=exact_match)
-    _print(found) if as_json else print("\n".join(f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in found.items()))
+    _print(found) if as_json else print(
+        "\n".join(f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in found.items())
+    )
 
 
 @app.command()
 def generate(
     run: Annotated[str, typer.Argument(metavar="DIR", help="a run's folder, or any model's")],
-    prompt: Annotated[Optional[list[str]], typer.Argument(help="texts to continue; none: one a line from standard input")] = None,  # noqa: UP007, UP045
+    prompt: Annotated[list[str] | None, typer.Argument(help="texts to continue; none: one a line from standard input")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of a continuation")] = 50,
     chat: Annotated[bool, typer.Option("--chat", help="wrap each prompt in the model's chat template")] = False,
     as_json: Json = False,
@@ -170,7 +179,7 @@ def replay(
     base: Annotated[str, typer.Argument(metavar="BASE", help="the model that the run started from")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
     to: Annotated[Path, typer.Option("--to", help="where the model is written")],
-    at: Annotated[Optional[int], typer.Option("--at", min=0, help="stop after so many steps; none: all")] = None,  # noqa: UP007, UP045
+    at: Annotated[Optional[int], typer.Option("--at", min=0, help="stop after so many steps; none: all")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
     """Rebuild a run's weights from its journal, bit for bit, without a forward pass."""
@@ -193,9 +202,8 @@ def export(
     from smidgen.export import export as write
 
     result = write(run, to, form)
-    _print(result) if as_json else print(
-        f"{result['format']} written to {to}; reloaded by {result['loader']}: largest logit difference {result['max_difference']:.3g}"
-    )
+    difference = f"largest logit difference {result['max_difference']:.3g}"
+    _print(result) if as_json else print(f"{form} written to {to}; reloaded by {result['loader']}: {difference}")
 
 
 @app.command("init")
@@ -203,7 +211,7 @@ def initialise(
     to: Annotated[Path, typer.Argument(metavar="[FILE]", help="where the file is written; - prints it")] = Path("smidgen.yaml"),
 ) -> None:
     """Write a commented configuration file with every key and its default."""
-    from smidgen.config import template
+    from smidgen.config_file import template
 
     text = template()
     if str(to) == "-":
@@ -217,7 +225,7 @@ def initialise(
 
 @app.command()
 def methods(
-    name: Annotated[Optional[str], typer.Argument(help="a method, for its options")] = None,  # noqa: UP007, UP045
+    name: Annotated[Optional[str], typer.Argument(help="a method, for its options")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
     """List the methods, or show one method's source, cost and options."""
@@ -225,7 +233,9 @@ def methods(
 
     if name is None:
         found: Any = list_methods()
-        _print(found) if as_json else _table(("method", "status", "what it is"), [(m["name"], m["status"], m["title"]) for m in found])
+        _print(found) if as_json else _table(
+            ("method", "status", "what it is"), [(m["name"], m["status"], m["title"]) for m in found]
+        )
     else:
         one = describe_method(name)
         if as_json:
@@ -290,7 +300,9 @@ def show_environment(as_json: Json = False) -> None:
 
     found = environment()
     _print(found) if as_json else print(
-        "\n".join([f"{k}: {v}" for k, v in found["versions"].items()] + [f"{k}: {v}" for k, v in found.items() if k != "versions"])
+        "\n".join(
+            [f"{k}: {v}" for k, v in found["versions"].items()] + [f"{k}: {v}" for k, v in found.items() if k != "versions"]
+        )
     )
 
 
@@ -360,4 +372,3 @@ def main() -> None:
             raise
         print(f"smidgen: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
-

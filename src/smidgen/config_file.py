@@ -251,13 +251,18 @@ def _show(value: Any) -> str:
 
 def dump(config: RunConfig) -> str:
     """YAML of every key, which `load` reads back as an equal RunConfig."""
-    import yaml
     return _yaml_text(_plain(config))
+
+
+def config_sha256(config: RunConfig) -> str:
+    """Hex digest of the canonical JSON of what is computed: all keys but output, resume and force."""
+    plain = {key: value for key, value in _plain(config).items() if key not in ("output", "resume", "force")}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 _HEAD = """\
 # Configuration of a run of smidgen: every key, with its default. Run it with: smidgen train FILE
-# A key behind '#' without a space has no value; it is chosen where it is needed, or off. Take the '#' away to give one.
+# '#key:', without a space, is not given: off, or chosen at the start. Take the '#' away and write a value to give it.
 """
 
 
@@ -278,22 +283,16 @@ def template() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _yaml_text(values: Mapping[str, Any]) -> str:
-    import yaml
-
-    return yaml.dump(values, Dumper=_yaml().dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def config_sha256(config: RunConfig) -> str:
-    """Hex digest of the canonical JSON of what is computed: all keys but output, resume and force."""
-    plain = {key: value for key, value in _plain(config).items() if key not in ("output", "resume", "force")}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def _plain(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     values["train"] |= values["train"].pop("extra")
     return values
+
+
+def _yaml_text(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.dump(values, Dumper=_yaml().dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Yaml(typing.NamedTuple):

@@ -109,9 +109,6 @@ def _build_task(name: str, chosen: Mapping[str, Any], source: str | None) -> Tas
         raise ConfigError(f"task '{name}': {first['loc'][0]} = {first['input']!r}: {first['msg']}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- columns
-
-
 def to_examples(rows: Sequence[Row]) -> tuple[list[Example | Chat], list[str]]:
     """(examples, notices) of rows with free-text answers, each recognised by its columns.
 

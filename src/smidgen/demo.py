@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smidgen import folder as folders, report
+from smidgen import folder as folders
+from smidgen import report
 from smidgen.config import ConfigError, UserError
 
 # method, scheme, options: settings measured on the embedded model (results/demo.json); steps sized for two minutes.

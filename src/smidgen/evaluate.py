@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from smidgen.data import Collator, Corpus, Encoded, encode, encode_options, encode_prompts
+from smidgen.collate import Collator
+from smidgen.data import Corpus
 from smidgen.directions import Probe
+from smidgen.encode import Encoded, encode, encode_options, encode_prompts
 from smidgen.probing import Engine
 from smidgen.tasks._example import Example
 
@@ -97,7 +99,15 @@ def device_of(engine: Engine) -> torch.device:
 
 
 def evaluation(
-    corpus: Corpus, split: str, tokenizer: Any, kind: str, *, max_length: int, context: int | None, collator: Collator, batch_size: int
+    corpus: Corpus,
+    split: str,
+    tokenizer: Any,
+    kind: str,
+    *,
+    max_length: int,
+    context: int | None,
+    collator: Collator,
+    batch_size: int,
 ) -> Evaluation:
     """Encode a split for evaluation. Raises DataError as `smidgen.data` does."""
     examples = corpus.examples(split)
@@ -120,7 +130,14 @@ def _with(collator: Collator, rows: Encoded) -> Collator:
 
 
 def generate(
-    engine: Engine, tokenizer: Any, prompts: Sequence[Any], *, max_new_tokens: int = 50, batch_size: int = 8, probe: Probe = (), kind: str = "causal"
+    engine: Engine,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    *,
+    max_new_tokens: int = 50,
+    batch_size: int = 8,
+    probe: Probe = (),
+    kind: str = "causal",
 ) -> list[str]:
     """Greedy continuations of prompts at theta + probe, through the model's own `generate`."""
     rows = encode_prompts(prompts, tokenizer, kind)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from smidgen import adapt, folder as folders
+from smidgen import adapt
+from smidgen import folder as folders
 from smidgen.config import ConfigError, UserError
 from smidgen.inference import open_folder
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smidgen import config as configuration
+from smidgen import config_file as configuration
 from smidgen.config import ConfigError, RunConfig, UserError, notice
 
 RESOLVED = "config.resolved.yaml"

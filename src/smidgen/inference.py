@@ -9,9 +9,13 @@ from typing import Any
 
 import transformers
 
-from smidgen import config as configuration, data as sources, folder as folders, models
+from smidgen import config_file as configuration
+from smidgen import data as sources
+from smidgen import folder as folders
+from smidgen import models
+from smidgen.chat import Chat
+from smidgen.collate import Collator
 from smidgen.config import ConfigError, RunConfig, notice
-from smidgen.data import Chat
 from smidgen.evaluate import evaluation, exact_match, generate
 from smidgen.probing import Engine
 from smidgen.run import Loaded, load
@@ -28,7 +32,9 @@ def open_folder(name: str, *, classes: int | None = None) -> tuple[Loaded, RunCo
     if not (path / folders.RESOLVED).exists():
         config = RunConfig(model=name)
         return load(config, classes), config
-    if not (path / folders.RESULT).exists() or "weights_sha256" not in (result := json.loads((path / folders.RESULT).read_text())):
+    if not (path / folders.RESULT).exists() or "weights_sha256" not in (
+        result := json.loads((path / folders.RESULT).read_text())
+    ):
         raise ConfigError(f"the run in {name} is not done: go on with `smidgen train --resume --output {name}`")
     config = configuration.load(path / folders.RESOLVED)
     classes = result.get("classes", classes)
@@ -50,7 +56,7 @@ def evaluate_folder(
     corpus = sources.open_corpus(config, notify=notice)
     loaded, _ = open_folder(name, classes=None if corpus.words is None else len(corpus.words))
     engine = Engine(loaded.adapted.model, loaded.adapted.view, loaded.kind)
-    collator = sources.Collator(
+    collator = Collator(
         loaded.tokenizer.pad_token_id, loaded.kind, position_ids=models.wants_position_ids(loaded.adapted.model)
     )
     measured = evaluation(
@@ -86,6 +92,8 @@ def generate_from_folder(name: str, prompts: Sequence[str], *, max_new_tokens: i
     engine = Engine(loaded.adapted.model, loaded.adapted.view, loaded.kind)
     asked: list[Any] = [Example(prompt=p, answer="") for p in prompts]
     if chat:
-        asked = [Chat([{"role": "user", "content": p}, {"role": "assistant", "content": ""}], f"prompt {i + 1}") for i, p in enumerate(prompts)]
+        asked = [
+            Chat(({"role": "user", "content": p}, {"role": "assistant", "content": ""}), f"prompt {i + 1}")
+            for i, p in enumerate(prompts)
+        ]
     return generate(engine, loaded.tokenizer, asked, max_new_tokens=max_new_tokens, kind=loaded.kind)
-

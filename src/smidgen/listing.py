@@ -6,7 +6,10 @@ import inspect
 from typing import Any
 
 from smidgen import data, models, optim, tasks
-from smidgen.config import RunConfig, load, notice
+from smidgen.config import RunConfig, notice
+from smidgen.config_file import load
+from smidgen.encode import describe, encode
+from smidgen.kinds import detect_kind
 
 
 def _title(module: Any) -> str:
@@ -39,12 +42,12 @@ def list_tasks() -> list[dict[str, Any]]:
 
 
 def describe_data(source: str, *, model: str, kind: str, row: int, max_length: int | None) -> dict[str, Any]:
-    """Lengths and one encoded row of a data set, as `smidgen.data.describe` gives them."""
+    """Lengths and one encoded row of a data set, as `smidgen.encode.describe` gives them."""
     config: RunConfig = load(None, [], {"data": source, "model": model})
     corpus = data.open_corpus(config, notify=notice)
     model_config = models.load_config(model)
     tokenizer = models.load_tokenizer(model)
-    chosen = models.detect_kind(model_config, corpus.words is not None) if kind == "auto" else kind
+    chosen = detect_kind(model_config, corpus.words is not None) if kind == "auto" else kind
     context = models.context_length(model_config, tokenizer)
-    encoded = data.encode(corpus.examples("train"), tokenizer, chosen, max_length, context=context)
-    return data.describe(encoded, tokenizer, min(row, len(encoded) - 1))
+    encoded = encode(corpus.examples("train"), tokenizer, chosen, max_length, context=context)
+    return describe(encoded, tokenizer, min(row, len(encoded) - 1))

@@ -8,39 +8,34 @@ random state is left as it was.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from smidgen.config import ConfigError, nearest, notice
+from smidgen.kinds import Kind, detect_kind, head_of
 
 __all__ = [
     "available_memory",
     "context_length",
     "describe_source",
-    "detect_kind",
     "fresh_parameters",
     "load_config",
     "load_model",
     "load_tokenizer",
     "resolve",
-    "state_sha256",
     "wants_position_ids",
     "weights_bytes",
 ]
 
-_CHUNK = 64 * 2**20  # bytes hashed or copied at a time; chosen
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
-
-Kind = Literal["causal", "masked", "classification", "seq2seq"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -141,40 +136,6 @@ def _readable(name: str, what: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# ---------------------------------------------------------------------------------------------------- kinds
-
-
-def detect_kind(config: Any, labelled: bool) -> Kind:
-    """What a model predicts, from its architecture; labelled: whether the data have classes.
-
-    An encoder without a head becomes a classifier of labelled rows. Raises ConfigError where it cannot be told.
-    """
-    from transformers.models.auto import modeling_auto
-
-    causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    name = (config.architectures or [""])[0]
-    pretrained = name.removesuffix("ForPreTraining") + "ForMaskedLM"  # BERT's first checkpoints carry both of its heads
-    kind: Kind
-    if name.endswith("ForSequenceClassification"):
-        kind = "classification"
-    elif config.is_encoder_decoder:
-        kind = "seq2seq"
-    elif name.endswith(("ForCausalLM", "LMHeadModel")):
-        kind = "causal"
-    elif name.endswith("ForMaskedLM") or (pretrained in masked.values() and config.model_type != "electra"):
-        kind = "masked"
-    elif config.model_type in causal and config.model_type not in masked:
-        kind = "causal"
-    else:
-        kind = "classification"
-    if kind == "classification" and not labelled:
-        raise ConfigError(
-            f"{name or config.model_type} predicts classes, and the rows have no labels: give a labelled task or data with "
-            "columns text and label, or a causal or seq2seq model"
-        )
-    return kind
-
-
 # ---------------------------------------------------------------------------------------------------- loading
 
 
@@ -220,19 +181,10 @@ def load_model(
     checkpoint's. Parameters that the checkpoint does not hold are drawn on the CPU from `seed` and named by `fresh_parameters`.
     Memory: the weights once in RAM, and once on `device` if that is another. Raises ConfigError.
     """
-    import transformers
-
     location = resolve(name)
     config = load_config(name, trust_remote_code=trust_remote_code)
     chosen: Kind = detect_kind(config, num_labels is not None) if kind == "auto" else kind  # type: ignore[assignment]
-    classes = {
-        "causal": transformers.AutoModelForCausalLM,
-        "masked": transformers.AutoModelForMaskedLM,
-        "classification": transformers.AutoModelForSequenceClassification,
-        "seq2seq": transformers.AutoModelForSeq2SeqLM,
-    }
-    if chosen not in classes:
-        raise ConfigError(f"unknown kind '{kind}': auto, {', '.join(classes)}")
+    auto_class = head_of(name, config, chosen, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = _origin(location, trust_remote_code) | {"use_safetensors": True}
     if chosen == "classification":
         if num_labels is None:
@@ -242,7 +194,7 @@ def load_model(
     wanted = _dtype(dtype, device)
     with _readable(name, "its weights"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model, info = classes[chosen].from_pretrained(location, dtype=wanted, output_loading_info=True, **options)
+        model, info = auto_class.from_pretrained(location, dtype=wanted, output_loading_info=True, **options)
     fresh = tuple(
         sorted({*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])})
     )
@@ -377,27 +329,3 @@ def available_memory(device: str | torch.device = "cpu") -> int:
         cache = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith(cache_key + " ")), 0)
         free = min(free, max(0, limit - (used - cache)))  # the kernel gives file cache back
     return free
-
-
-def state_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hex SHA-256 over name, dtype, shape and raw bytes of tensors in name order; copies at most 64 MiB at a time."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name}\n{str(tensor.dtype).removeprefix('torch.')}\n{list(tensor.shape)}\n".encode())
-        for part in _contiguous_parts(tensor):
-            raw = part.reshape(-1).view(torch.uint8)
-            for chunk in raw.split(_CHUNK):
-                digest.update(chunk.cpu().numpy())
-    return digest.hexdigest()
-
-
-def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor in row-major order as contiguous pieces; only pieces that are not yet so are copied."""
-    if tensor.is_contiguous():
-        yield tensor
-    elif tensor.dim() < 2 or tensor.numel() * tensor.element_size() <= _CHUNK:
-        yield tensor.contiguous()
-    else:
-        for row in tensor:
-            yield from _contiguous_parts(row)

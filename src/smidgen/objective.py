@@ -11,6 +11,7 @@ once, so that a ragged accumulated batch equals the whole batch. Weight = label 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Protocol
@@ -122,7 +123,7 @@ class CalledObjective:
         weights = torch.zeros(len(probes), dtype=torch.float64)
         for p, probe in enumerate(probes):
             for batch in self.batches:
-                value = self.engine.call(lambda batch=batch: self.loss(batch), probe).double().cpu().item()
+                value = self.engine.call(functools.partial(self.loss, batch), probe).double().cpu().item()
                 weight = float(_items(batch)) if not self.scaled else 1.0 / len(self.batches)
                 totals[p] += value * weight if not self.scaled else value
                 weights[p] += weight
@@ -147,7 +148,7 @@ class ClosureObjective:
     Memory: one copy of the tuned tensors while it evaluates. `backward` calls the closure under autograd.
     """
 
-    key = None
+    key: Hashable = None
 
     def __init__(self, closure: Callable[[], Tensor | float], view: ParamView):
         self.closure, self.view = closure, view
@@ -202,7 +203,7 @@ class Recorded:
 class Replayed:
     """Answers from a transcript. No model, no forward pass. Raises ValueError when the questions do not fit it."""
 
-    key = None
+    key: Hashable = None
 
     def __init__(self, values: Sequence[float]):
         self.values, self._next = values, 0

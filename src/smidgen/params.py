@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen import noise
-from smidgen.directions import Dense, Probe, restrict, width
+from smidgen.directions import Dense, Distribution, Probe, restrict, width
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -218,7 +218,7 @@ class ParamView:
             self.entries[name].version += 1
 
 
-def _common_distribution(probe: Probe) -> str | None:
+def _common_distribution(probe: Probe) -> Distribution | None:
     """The distribution shared by all terms when every one is a dense direction, else None."""
     found = {z.distribution if type(z) is Dense else None for z, _ in probe}
     return found.pop() if len(found) == 1 else ("rademacher" if not probe else None)

@@ -7,9 +7,7 @@ forward that reads it, by a displaced copy in scratch memory. Three kinds of rea
 - the output head is applied by `smidgen.loss`, in displaced blocks of the vocabulary, at label positions only;
 - any other module gets its tensors displaced in a scratch buffer that all such modules share.
 
-Which module reads a tensor is found by a self-check: one forward in which every tuned tensor, outside its reader, is a
-poison view that raises when touched. A tensor that is read elsewhere moves to the parent of its reader, up to the
-whole evaluation (then its scratch is a full copy of that tensor, and one line says so).
+Which module reads a tensor is found by a self-check, see `smidgen.readers`.
 
 Cost of an evaluation: one forward and one pass of the noise generator over the tensors that it reads. Scratch: the
 largest group of tensors that one module reads, at most the largest tuned tensor for ordinary models.
@@ -21,7 +19,6 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,60 +41,11 @@ from smidgen.loss import (
     targets,
 )
 from smidgen.params import Entry, ParamView
+from smidgen.readers import ALIGN, Reader, Readers, aligned
 
 log = logging.getLogger("smidgen")
 
-_ALIGN = 64  # bytes; a cache line and an AVX-512 register
-
 Batch = dict[str, Any]
-
-
-@dataclass
-class _Reader:
-    """A module and the tuned tensors that it reads: (entry, owner module, attribute)."""
-
-    module: nn.Module
-    name: str
-    tensors: list[tuple[Entry, nn.Module, str]] = field(default_factory=list)
-    shared: bool = True  # its scratch may be the common buffer (no other reader runs inside it)
-
-    def nbytes(self) -> int:
-        sizes = (e.tensor.numel() * e.tensor.element_size() for e, _, _ in self.tensors)
-        return sum(-(-size // _ALIGN) * _ALIGN for size in sizes)
-
-
-class _ReadOutside(RuntimeError):
-    """A poisoned tensor was used."""
-
-    def __init__(self, tensor: _Poison):
-        super().__init__(f"{tensor.tensor_name} is read outside the forward of {tensor.reader_name}")
-        self.key = tensor.key
-
-
-class _Poison(Tensor):
-    """A zero-stride NaN view that raises when an operation touches it; metadata may be read."""
-
-    tensor_name: str
-    reader_name: str
-    key: tuple[int, str]  # id of the owner module, attribute
-
-    _METADATA = frozenset(
-        ["shape", "dtype", "device", "ndim", "size", "dim", "requires_grad", "is_leaf", "layout", "numel", "is_cuda"]
-        + ["is_floating_point", "element_size", "nelement", "is_sparse", "is_quantized", "is_meta", "grad_fn", "grad"]
-        + ["is_complex", "names", "itemsize", "nbytes", "is_contiguous", "stride", "is_cpu", "is_nested"]
-    )
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            name = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name in cls._METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        flat = [*args, *(kwargs or {}).values()]
-        flat += [x for a in flat if isinstance(a, (list, tuple)) for x in a]
-        raise _ReadOutside(next(a for a in flat if isinstance(a, _Poison)))
 
 
 class _LookedUp(Tensor):
@@ -187,54 +135,11 @@ class Engine:
         self.backwards = 0  # back-propagations so far
         self.bad_steps = 0  # steps without a finite loss so far
         self._entries = {id(e.tensor): e for e in view}
-        self._names = {id(m): n for n, m in model.named_modules()}
-        self._modules = dict(model.named_modules())
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._accepted = set(inspect.signature(_unwrapped(model).forward).parameters)
         self._head = _output_head(model) if kind != "classification" else None
         self._own_head = self._head is not None and not isinstance(self._head, nn.Linear)
-        self._readers = self._owners()
-
-    # -- readers ------------------------------------------------------------------------------------------------------
-
-    def _owners(self) -> dict[int, _Reader]:
-        """The first guess: every tensor is read by the module that owns it."""
-        readers: dict[int, _Reader] = {}
-        for entry in self.view:
-            if not entry.sites:
-                raise ValueError(f"{entry.name!r} belongs to no module: probing a model needs ParamView.of_model")
-            for owner, attribute in entry.sites:
-                reader = readers.setdefault(id(owner), _Reader(owner, self._names[id(owner)]))
-                reader.tensors.append((entry, owner, attribute))
-        return readers
-
-    def _move_up(self, key: tuple[int, str]) -> str:
-        """Move one tensor (owner id, attribute) to the parent of its reader; returns what was done, for the log."""
-        for reader in self._readers.values():
-            for item in reader.tensors:
-                if (id(item[1]), item[2]) == key:
-                    if reader.module is self.model:
-                        name, module = "the whole evaluation", _Everything()
-                    else:
-                        name = reader.name.rpartition(".")[0]
-                        module = self._modules[name]
-                    reader.tensors.remove(item)
-                    if not reader.tensors:
-                        del self._readers[id(reader.module)]
-                    key_of = -1 if isinstance(module, _Everything) else id(module)
-                    self._readers.setdefault(key_of, _Reader(module, name)).tensors.append(item)
-                    self._mark_nesting()
-                    return name
-        raise AssertionError(key)
-
-    def _mark_nesting(self) -> None:
-        """A reader with other readers inside cannot use the common buffer."""
-        names = [r.name for r in self._readers.values()]
-        for reader in self._readers.values():
-            if isinstance(reader.module, _Everything) or reader.name == "":
-                reader.shared = len(names) == 1
-            else:
-                reader.shared = not any(n.startswith(reader.name + ".") for n in names)
+        self.readers = Readers(model, view)
 
     def entry_of(self, parameter: Tensor) -> Entry | None:
         """The view's entry of a parameter, or None when it is frozen."""
@@ -248,8 +153,8 @@ class Engine:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < need:
             self._buffers.pop(key, None)
-            buffer = self._buffers[key] = torch.empty(need + _ALIGN, dtype=torch.uint8, device=like.device)
-        shift = -buffer.data_ptr() % _ALIGN + offset
+            buffer = self._buffers[key] = torch.empty(need + ALIGN, dtype=torch.uint8, device=like.device)
+        shift = -buffer.data_ptr() % ALIGN + offset
         if shift + size > buffer.numel():  # alignment took the spare bytes
             shift = offset
         return buffer[shift : shift + size].view(like.dtype).view(like.shape)
@@ -272,11 +177,11 @@ class Engine:
         saved: list[tuple[nn.Module, str, Tensor]] = []
         handles = []
         try:
-            for reader in self._readers.values():
+            for reader in self.readers:
                 if not head and reader.module is self._head:
                     continue
                 enter, leave = self._hooks(reader, probe, saved)
-                if isinstance(reader.module, _Everything):
+                if reader.module is None:
                     enter()
                 else:
                     handles.append(reader.module.register_forward_pre_hook(enter))
@@ -289,14 +194,14 @@ class Engine:
                 owner._parameters[attribute] = tensor  # type: ignore[assignment]
 
     def _hooks(
-        self, reader: _Reader, probe: Probe, saved: list[tuple[nn.Module, str, Tensor]]
+        self, reader: Reader, probe: Probe, saved: list[tuple[nn.Module, str, Tensor]]
     ) -> tuple[Callable[..., None], Callable[..., None]]:
         tensors = [(e, owner, a) for e, owner, a in reader.tensors if restrict(probe, e.name)]
         originals = [(owner, a, owner._parameters[a]) for _, owner, a in tensors]
         saved.extend(originals)  # type: ignore[arg-type]
-        slot = "common" if reader.shared else reader.name
+        slot = reader.name if reader.nested else "common"
         total = reader.nbytes()
-        rows_only = isinstance(reader.module, nn.Embedding) and reader.module.max_norm is None
+        rows_only = isinstance(reader.module, nn.Embedding) and reader.module.max_norm is None  # max_norm writes
 
         def enter(*_: Any) -> None:
             offset = 0
@@ -310,7 +215,7 @@ class Engine:
                 out = self.scratch(slot, weight, offset, total)
                 displace(probe, entry.name, weight.contiguous(), out)
                 owner._parameters[attribute] = out  # type: ignore[assignment]
-                offset += -(-weight.numel() * weight.element_size() // _ALIGN) * _ALIGN
+                offset += aligned(weight.numel() * weight.element_size())
 
         def leave(*_: Any) -> None:
             for owner, attribute, tensor in originals:
@@ -423,76 +328,11 @@ class Engine:
     # -- self-check ---------------------------------------------------------------------------------------------------
 
     def check(self, run: Callable[[], Any]) -> None:
-        """Find the module that reads each tuned tensor: call `run` (one evaluation) with poisoned tensors.
-
-        Costs one forward when every tensor is read by its owner, one more for each that is not. No copy of the model.
-        """
+        """Find the module that reads each tuned tensor by calling `run`, one evaluation; see `smidgen.readers`."""
         counts = self.forwards, self.tokens
-        for _ in range(64 * max(1, len(self.view))):
-            try:
-                aliases = self._poisoned(run)
-            except _ReadOutside as error:
-                self._report(error.key, str(error), self._move_up(error.key))
-                continue
-            if not aliases:
-                break
-            for key, text in aliases.items():
-                self._report(key, text, self._move_up(key))
+        with torch.no_grad(), _evaluation_mode(self.model):
+            self.readers.locate(run)
         self.forwards, self.tokens = counts
-
-    @staticmethod
-    def _report(key: tuple[int, str], reason: str, reader: str) -> None:
-        level = logging.WARNING if reader == "the whole evaluation" else logging.INFO
-        log.log(level, "%s: its scratch now lives for the forward of %s", reason, reader or "the whole model")
-
-    def _poisoned(self, run: Callable[[], Any]) -> dict[tuple[int, str], str]:
-        """One evaluation with poison outside each reader; returns tensors that a reader's output aliases."""
-        aliases: dict[tuple[int, str], str] = {}
-        saved: list[tuple[nn.Module, str, Tensor]] = []
-        handles = []
-
-        def poison(entry: Entry, owner: nn.Module, attribute: str, reader: _Reader) -> _Poison:
-            nan = torch.full((), torch.nan, dtype=entry.tensor.dtype, device=entry.tensor.device)
-            view = torch.Tensor._make_subclass(_Poison, nan.expand(entry.tensor.shape))
-            view.tensor_name, view.reader_name, view.key = entry.name, reader.name or "the model", (id(owner), attribute)
-            return view
-
-        def hooks(reader: _Reader) -> tuple[Callable[..., None], Callable[..., None]]:
-            real = [(owner, a, owner._parameters[a]) for _, owner, a in reader.tensors]
-            fake = [(owner, a, poison(e, owner, a, reader)) for e, owner, a in reader.tensors]
-            saved.extend(real)  # type: ignore[arg-type]
-
-            def enter(*_: Any) -> None:
-                for owner, attribute, tensor in real:
-                    owner._parameters[attribute] = tensor
-
-            def leave(_: Any, __: Any, output: Any) -> None:
-                storages = {t.untyped_storage().data_ptr() for t in _tensors(output)}
-                for (entry, owner, attribute), (_, _, tensor) in zip(reader.tensors, real, strict=True):
-                    if tensor is not None and tensor.untyped_storage().data_ptr() in storages:
-                        aliases[id(owner), attribute] = f"{entry.name} is returned by {reader.name or 'the model'}"
-                for owner, attribute, tensor in fake:
-                    owner._parameters[attribute] = tensor  # type: ignore[assignment]
-
-            for owner, attribute, tensor in fake:
-                owner._parameters[attribute] = tensor  # type: ignore[assignment]
-            return enter, leave
-
-        try:
-            for reader in self._readers.values():
-                if isinstance(reader.module, _Everything):
-                    continue
-                enter, leave = hooks(reader)
-                handles.append(reader.module.register_forward_pre_hook(enter))
-                handles.append(reader.module.register_forward_hook(leave))
-            with torch.no_grad(), _evaluation_mode(self.model):
-                run()
-        finally:
-            for handle in handles:
-                handle.remove()
-            for owner, attribute, tensor in saved:
-                owner._parameters[attribute] = tensor  # type: ignore[assignment]
-        return aliases
 
     def check_batch(self, batch: Batch) -> None:
         """`check` with this engine's own loss, and a test that the head's output is what the model makes of it.
@@ -517,10 +357,6 @@ class Engine:
             if self._own_head:
                 log.warning("the model changes the logits after its head: the head is run whole, on label positions only")
             self.forwards, self.tokens = counts
-
-
-class _Everything(nn.Module):
-    """Stands for a reader that is no module: the whole evaluation."""
 
 
 @contextlib.contextmanager
@@ -551,18 +387,6 @@ def _few(batch: Batch) -> Batch:
         later = labelled.flatten().cumsum(0).view_as(labelled) > 4
         few["labels"] = few["labels"].masked_fill(later, IGNORE)
     return few
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors in a module's output."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

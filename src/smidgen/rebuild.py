@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import transformers
 
-from smidgen import config as configuration, folder as folders, journal, optim
+from smidgen import config_file as configuration
+from smidgen import folder as folders
+from smidgen import journal, optim
 from smidgen.config import ConfigError, notice
 from smidgen.objective import Replayed
+from smidgen.provenance import base_sha256, check_header, header, load_init, weights_sha256
 from smidgen.run import environment, load
 from smidgen.settings import options_of
-from smidgen.trainer import base_sha256, check_header, header, load_init, method_config, weights_sha256
+from smidgen.trainer import method_config
 
 
 def replay(base: str, run: Path, to: Path, *, at: int | None = None) -> dict[str, Any]:

@@ -14,12 +14,14 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e6c8a", "#c77f24", "#4c566a")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #667; --line: #d9dde5; --ground: #fff; --card: #f7f8fa }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #99a; --line: #394050; --ground: #171a21; --card: #fff } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 60rem; margin: 2.5rem auto; padding: 0 1rem }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground) }
+body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem } p { color: var(--soft); margin: .2rem 0 1.4rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { font-weight: 600; color: var(--soft) } th:first-child, td:first-child { text-align: left }
-figure { margin: 1.6rem 0; background: var(--card); border-radius: .5rem; padding: .8rem } svg { width: 100%; height: auto; display: block }
+figure { margin: 1.6rem 0; background: var(--card); border-radius: .5rem; padding: .8rem }
+svg { width: 100%; height: auto; display: block }
 footer { color: var(--soft); font-size: .85rem; margin-top: 2rem }
 """
 
@@ -88,7 +90,14 @@ def _plots(records: Sequence[Record], metric: str) -> str:
         if metric == "accuracy":
             start = 100 * records[0]["before"][metric]
             scatter.axhline(start, color="#999", linewidth=1, linestyle="--")
-            scatter.annotate("before", (0.01, start), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", color="#777")
+            scatter.annotate(
+                "before",
+                (0.01, start),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                color="#777",
+            )
         for axes in (curves, scatter):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)

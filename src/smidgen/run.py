@@ -16,14 +16,19 @@ from typing import Any
 import torch
 import transformers
 
-from smidgen import __version__, adapt, config as configuration, data, folder as folders, memory, models
+from smidgen import __version__, adapt, data, memory, models
+from smidgen import config_file as configuration
+from smidgen import folder as folders
+from smidgen.collate import Collator
 from smidgen.config import Interrupted, MemoryRefused, RunConfig, UserError, notice
+from smidgen.encode import encode
 from smidgen.evaluate import Evaluation, evaluation
 from smidgen.loss import Kind
 from smidgen.params import canonical
+from smidgen.provenance import weights_sha256
 from smidgen.settings import choose, memory_line, options_of, scheme_config, training_arguments
 from smidgen.signals import Signals
-from smidgen.trainer import Trainer, method_config, uses_backward, weights_sha256
+from smidgen.trainer import Trainer, method_config, uses_backward
 
 Say = Callable[[str], None]
 
@@ -58,7 +63,9 @@ def load(config: RunConfig, classes: int | None) -> Loaded:
         trust_remote_code=config.trust_remote_code,
     )
     scheme = adapt.get(config.scheme)
-    adapted = scheme.build(model, options, seed=config.seed % 2**63, fresh=[canonical(n) for n in models.fresh_parameters(model)])
+    adapted = scheme.build(
+        model, options, seed=config.seed % 2**63, fresh=[canonical(n) for n in models.fresh_parameters(model)]
+    )
     return Loaded(adapted, tokenizer, kind, models.context_length(model.config, tokenizer))
 
 
@@ -124,8 +131,9 @@ def _out_of_memory(config: RunConfig, error: BaseException) -> str:
     train = config.train
     half, twice = max(1, train.per_device_train_batch_size // 2), 2 * train.gradient_accumulation_steps
     first = (str(error).splitlines() or [type(error).__name__])[0]
+    length = config.max_length or "all their"
     return (
-        f"out of memory with {train.per_device_train_batch_size} rows of up to {config.max_length or 'all their'} tokens ({first}): "
+        f"out of memory with {train.per_device_train_batch_size} rows of up to {length} tokens ({first}): "
         f"try --batch {half} train.gradient_accumulation_steps={twice}"
     )
 
@@ -177,18 +185,20 @@ def _train(
     classes = None if corpus.words is None else len(corpus.words)
     loaded = load(config, classes)
     adapted, tokenizer, kind = loaded.adapted, loaded.tokenizer, loaded.kind
-    rows = data.encode(examples, tokenizer, kind, config.max_length, context=loaded.context)
+    rows = encode(examples, tokenizer, kind, config.max_length, context=loaded.context)
     for remark in rows.notices:
         notice(remark)
     if config.max_length is None:
         say(f"max_length = {rows.max_length}  (95th percentile of the training rows, capped)")
         config = configuration.with_values(config, {"max_length": rows.max_length})
     positions = models.wants_position_ids(loaded.adapted.model)
-    collator = data.Collator(tokenizer.pad_token_id, kind, rows.choices, position_ids=positions)
+    collator = Collator(tokenizer.pad_token_id, kind, rows.choices, position_ids=positions)
     splits = _splits(config, corpus, loaded, collator)
     if not config.resume:
         folders.write_json(folder / folders.ENVIRONMENT, environment())
-        folders.write_text(folder / folders.RESOLVED, configuration.dump(configuration.with_values(config, {"output": str(folder)})))
+        folders.write_text(
+            folder / folders.RESOLVED, configuration.dump(configuration.with_values(config, {"output": str(folder)}))
+        )
     trainer = Trainer(
         model=adapted.model,
         args=arguments,
@@ -209,7 +219,8 @@ def _train(
     )
     trainer.remove_callback(transformers.PrinterCallback)  # our lines instead
     tuned, total = adapted.view.numel(), sum(p.numel() for p in adapted.model.parameters())
-    say(f"{config.method} on {tuned:,} of {total:,} weights ({kind}, {config.scheme}): {len(rows)} rows, {arguments.max_steps} steps")
+    steps = arguments.max_steps
+    say(f"{config.method} on {tuned:,} of {total:,} weights ({kind}, {config.scheme}): {len(rows)} rows, {steps} steps")
     before = next((v["before"] for v in folders.metrics(folder) if "before" in v), None) if config.resume else None
     if before is None:
         before = trainer.measure(splits["dev"])
@@ -257,7 +268,7 @@ def _train(
     return result
 
 
-def _splits(config: RunConfig, corpus: data.Corpus, loaded: Loaded, collator: data.Collator) -> dict[str, Evaluation]:
+def _splits(config: RunConfig, corpus: data.Corpus, loaded: Loaded, collator: Collator) -> dict[str, Evaluation]:
     """The dev split, and the test split where the source has one."""
     longest = min(loaded.context or _EVAL_LENGTH, max(config.max_length or 0, _EVAL_LENGTH))
     names = {"dev": "validation"} | ({"test": "test"} if corpus.has("test") else {})

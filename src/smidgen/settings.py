@@ -10,7 +10,8 @@ from typing import Any
 
 import transformers
 
-from smidgen import adapt, config as configuration, models, optim
+from smidgen import adapt, models, optim
+from smidgen import config_file as configuration
 from smidgen.config import ConfigError, MemoryRefused, RunConfig, nearest
 from smidgen.trainer import method_config, uses_backward
 
@@ -80,7 +81,9 @@ def training_arguments(config: RunConfig, folder: Path) -> transformers.Training
     known = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
     for name in train.extra:
         if name not in known:
-            raise ConfigError(f"train.{name}: transformers.TrainingArguments has no such field; did you mean {nearest(name, known)!r}?")
+            raise ConfigError(
+                f"train.{name}: transformers.TrainingArguments has no such field; did you mean {nearest(name, known)!r}?"
+            )
     given = {k: v for k, v in train.model_dump(exclude={"extra"}).items() if v is not None}
     values: dict[str, Any] = {
         "output_dir": str(folder),
@@ -106,5 +109,7 @@ def memory_line(config: RunConfig, device: str) -> str:
     free = models.available_memory(device)
     text = f"memory: weights {weights / 2**30:.2f} GiB, free {free / 2**30:.1f} GiB"
     if weights > free and not config.force:
-        raise MemoryRefused(f"{text}: the weights alone do not fit; take a smaller model or dtype bfloat16, or try with --force")
+        raise MemoryRefused(
+            f"{text}: the weights alone do not fit; take a smaller model or dtype bfloat16, or try with --force"
+        )
     return text

@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,17 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from smidgen import journal, noise, optim
+from smidgen import journal, optim
 from smidgen.config import ConfigError, Diverged, nearest, notice
-from smidgen.folder import INIT, JOURNAL
-from smidgen.models import state_sha256
+from smidgen.folder import JOURNAL
 from smidgen.objective import CalledObjective, ModelObjective, Objective, Recorded, Reduced, Replayed
 from smidgen.optim._optimizer import Optimizer
-from smidgen.params import ParamView, canonical
+from smidgen.params import ParamView
 from smidgen.probing import Batch, Engine
+from smidgen.provenance import base_sha256, check_header, header, load_init, save_init
 
 log = logging.getLogger("smidgen")
+
 
 def method_config(method: str, preset: str | None, options: dict[str, Any]) -> Any:
     """A method's validated options: its defaults, then the preset, then `options`. Raises ConfigError."""
@@ -62,85 +62,6 @@ def uses_backward(method: str) -> bool:
 
 def _optimizer_class(module: Any) -> type[Optimizer]:
     return module.build
-
-
-def header(method: str, config: Any, view: ParamView, base: str, init: str | None, device: torch.device, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a journal must know to be replayed, and to be refused on another base."""
-    return {
-        **(facts or {}),
-        "method": method,
-        "method_config": config.model_dump(mode="json"),
-        "groups": 1,
-        "base_sha256": base,
-        "init_sha256": init,
-        "noise": noise.VERSION,
-        "backend": noise.backend(device),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "positional": view.positional,
-        "tensors": {e.name: [e.id, str(e.tensor.dtype).removeprefix("torch."), list(e.tensor.shape)] for e in view},
-    }
-
-
-def check_header(found: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
-    """Refuse a journal of another base, method, configuration or noise; warn of another machine."""
-    reasons = {
-        "base_sha256": "it belongs to another base model (weights differ)",
-        "method": f"it was written by method {found['method']!r}, this run uses {ours['method']!r}",
-        "tensors": "the tuned tensors differ (scheme or model changed)",
-        "noise": f"it was written with noise version {found['noise']}, this smidgen has {ours['noise']}",
-        "method_config": "the method's options differ: "
-        + ", ".join(
-            f"{k}: {found['method_config'].get(k)} -> {v}"
-            for k, v in ours["method_config"].items()
-            if found["method_config"].get(k) != v
-        ),
-        "init_sha256": "its init.safetensors differs",
-    }
-    for key, reason in reasons.items():
-        if found[key] != ours[key]:
-            raise ConfigError(f"{where} does not fit this run: {reason}; use the original settings or another --output")
-    changed = [k for k in ("backend", "threads", "machine", "torch") if found[k] != ours[k]]
-    if changed:
-        pairs = ", ".join(f"{k} {found[k]} -> {ours[k]}" for k in changed)
-        notice(f"{where.name} was written elsewhere ({pairs}): results may differ in the last bits")
-
-
-def base_sha256(model: nn.Module) -> str:
-    """Hash of all weights of a model under canonical names, tuned or not."""
-    return state_sha256({canonical(n): p.detach() for n, p in model.named_parameters()})
-
-
-def weights_sha256(view: ParamView) -> str:
-    """Hash of the tuned tensors' bytes in name order."""
-    return state_sha256({e.name: e.storage for e in view})
-
-
-def save_init(view: ParamView, fresh: Sequence[str], folder: Path) -> str:
-    """Write the tensors that are not in the base model to init.safetensors; returns their hash."""
-    from safetensors.torch import save_file
-
-    tensors = {name: view[name].storage.contiguous().cpu() for name in fresh}
-    part = folder / (INIT + ".part")
-    save_file(tensors, part)
-    part.rename(folder / INIT)
-    return state_sha256(tensors)
-
-
-def load_init(view: ParamView, folder: Path) -> str | None:
-    """Put the tensors of init.safetensors into the view; returns their hash, None where there is no such file."""
-    from safetensors.torch import load_file
-
-    path = folder / INIT
-    if not path.exists():
-        return None
-    tensors = load_file(path)
-    for name, value in tensors.items():
-        if name not in view.entries or view[name].tensor.shape != value.shape:
-            raise ConfigError(f"{path}: tensor {name!r} does not fit this model and scheme")
-        view[name].storage.copy_(value)
-    return state_sha256(tensors)
 
 
 class ForwardOnlyMixin:
@@ -281,7 +202,9 @@ class ForwardOnlyMixin:
             record = self._past[t]
             lrs = tuple(g["lr"] for g in opt.param_groups)
             if record.lrs != lrs:
-                raise ConfigError(f"the journal's step {t} has learning rate {record.lrs[0]}, this run {lrs[0]}: resume unchanged")
+                raise ConfigError(
+                    f"the journal's step {t} has learning rate {record.lrs[0]}, this run {lrs[0]}: resume unchanged"
+                )
             loss = opt.step(Replayed(record.values))  # its forwards were made by the first start, for this run
             engine.forwards += len(record.values) * len(batches)
             engine.tokens += len(record.values) * sum(b["input_ids"].numel() for b in batches if "input_ids" in b)
@@ -350,7 +273,8 @@ class ForwardOnlyMixin:
 
 
 def _default_lr() -> float:
-    return transformers.TrainingArguments.__dataclass_fields__["learning_rate"].default
+    """The learning rate of training arguments that nobody touched."""
+    return transformers.TrainingArguments.__dataclass_fields__["learning_rate"].default  # type: ignore[return-value]
 
 
 def _checkpoint(folder: Path, steps: int, wanted: Path | None) -> str | None:
@@ -379,7 +303,7 @@ def forward_only(trainer: type, method: str = "zo_sgd", *, preset: str | None = 
     return type(f"ForwardOnly{trainer.__name__}", (ForwardOnlyMixin, trainer), attributes)
 
 
-class Trainer(ForwardOnlyMixin, transformers.Trainer):
+class Trainer(ForwardOnlyMixin, transformers.Trainer):  # type: ignore[misc]
     """The Trainer of a run: every method, our loss at label positions only, our evaluation.
 
     `evaluation` maps a dataset to metrics (see `smidgen.evaluate`); by default only the loss is computed.
@@ -423,4 +347,3 @@ class Trainer(ForwardOnlyMixin, transformers.Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-

@@ -7,7 +7,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import batch, make
-
 from smidgen import optim
 from smidgen.objective import ModelObjective, Reduced
 from smidgen.params import ParamView

@@ -55,7 +55,9 @@ class Quadratic:
         self.untuned = torch.ones(3)
 
     def loss(self):
-        return sum((0.5 * a * (t.float() - self.untuned[0]) ** 2).sum() for a, t in zip(self.curvature, self.tensors, strict=True))
+        return sum(
+            (0.5 * a * (t.float() - self.untuned[0]) ** 2).sum() for a, t in zip(self.curvature, self.tensors, strict=True)
+        )
 
     def copy(self):
         return [t.detach().clone() for t in self.tensors]

@@ -20,5 +20,7 @@ def names() -> list[str]:
 def get(name: str) -> ModuleType:
     """The module of a scheme. Raises ConfigError with the nearest name for an unknown one."""
     if name not in names():
-        raise ConfigError(f"unknown scheme {name!r}; did you mean {nearest(name, names())!r}? It is one of {', '.join(names())}")
+        raise ConfigError(
+            f"unknown scheme {name!r}; did you mean {nearest(name, names())!r}? It is one of {', '.join(names())}"
+        )
     return importlib.import_module(f"{__name__}.{name}")

@@ -39,6 +39,7 @@ from smidgen.noise.philox import (
     Address,
     Distribution,
     Term,
+    check_range,
     sample,
 )
 
@@ -68,7 +69,8 @@ Rounding = Literal["stochastic", "nearest"]
 
 log = logging.getLogger("smidgen")
 
-_MODULES = {"numba": "cpu", "triton": "cuda", "torch": "philox"}
+_MODULES = {"numba": "smidgen.noise.cpu", "triton": "smidgen.noise.cuda", "torch": "smidgen.noise.philox"}
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _NATIVE = {"cpu": "numba", "cuda": "triton"}
 _forced: ContextVar[str | None] = ContextVar("noise backend", default=None)
 
@@ -77,27 +79,27 @@ def displace_(out: Tensor, weight: Tensor, terms: Sequence[Term], distribution: 
     """out <- nearest(weight + sum(scale * z)) in out's dtype. `out` and `weight` have one shape and may be one tensor."""
     if out.shape != weight.shape:
         raise ValueError(f"out has shape {tuple(out.shape)} and weight {tuple(weight.shape)}; they must be equal")
-    _check(out, weight)
-    _apply(weight)(out, weight, None, terms, distribution, 1.0, None, start)
+    _run(out, weight, None, terms, distribution, 1.0, None, start)
 
 
 def displace_rows_(out: Tensor, weight: Tensor, rows: Tensor, terms: Sequence[Term], distribution: Distribution) -> None:
-    """out[i] <- nearest(weight[rows[i]] + sum(scale * z[rows[i]])). weight [V, D], rows int64 [n], out [n, D]."""
+    """out[i] <- nearest(weight[rows[i]] + sum(scale * z[rows[i]])). weight [V, D], rows int64 [n], out [n, D].
+
+    Raises IndexError for rows that the weight does not have; not on CUDA, where looking would cost a synchronisation.
+    """
     if weight.ndim != 2 or rows.ndim != 1 or rows.dtype != torch.int64 or out.shape != (len(rows), weight.shape[1]):
         raise ValueError(
             f"out {tuple(out.shape)}, weight {tuple(weight.shape)} and rows {tuple(rows.shape)} {rows.dtype} do not fit: "
             "they must be [n, D], [V, D] and int64 [n]"
         )
-    _check(out, weight)
-    _apply(weight)(out, weight, rows, terms, distribution, 1.0, None, 0)
+    _run(out, weight, rows, terms, distribution, 1.0, None, 0)
 
 
 def accumulate_(out32: Tensor, terms: Sequence[Term], distribution: Distribution, *, start: int = 0) -> None:
     """out32 += sum(scale * z), float32."""
     if out32.dtype != torch.float32:
         raise ValueError(f"out32 is {out32.dtype}; sums of noise are float32")
-    _check(out32, out32)
-    _apply(out32)(out32, out32, None, terms, distribution, 1.0, None, start)
+    _run(out32, out32, None, terms, distribution, 1.0, None, start)
 
 
 def update_(
@@ -111,8 +113,7 @@ def update_(
     start: int = 0,
 ) -> None:
     """weight <- round(decay * weight + sum(scale * z)): one pass, one rounding. `at` addresses the rounding's bits."""
-    _check(weight, weight)
-    _apply(weight)(weight, weight, None, terms, distribution, decay, _rounding(rounding, at), start)
+    _run(weight, weight, None, terms, distribution, decay, _rounding(rounding, at), start)
 
 
 def write_(weight: Tensor, value32: Tensor, *, rounding: Rounding, at: Address, start: int = 0) -> None:
@@ -121,22 +122,21 @@ def write_(weight: Tensor, value32: Tensor, *, rounding: Rounding, at: Address, 
         raise ValueError(
             f"value32 is {value32.dtype} {tuple(value32.shape)}; it must be float32 of the weight's shape {tuple(weight.shape)}"
         )
-    _check(weight, value32)
-    _apply(weight)(weight, value32, None, (), "rademacher", 1.0, _rounding(rounding, at), start)
+    _run(weight, value32, None, (), "rademacher", 1.0, _rounding(rounding, at), start)
 
 
 def backend(device: torch.device | str) -> str:
     """Which implementation works on tensors of this device: "numba", "triton" or "torch". Loads it."""
-    name = _forced.get() or _NATIVE.get(torch.device(device).type, "torch")
-    return _load(name)[0]
+    forced = _forced.get()
+    return forced or _load(torch.device(device).type)[0]
 
 
 @contextmanager
 def use(name: Literal["numba", "triton", "torch"]) -> Iterator[None]:
-    """Force a backend inside the block, for tests. A forced backend that cannot be loaded raises."""
+    """Force a backend inside the block, for tests. One that cannot be loaded raises ImportError."""
     if name not in _MODULES:
         raise ValueError(f"backend {name!r} is unknown; there are {', '.join(_MODULES)}")
-    importlib.import_module(f"smidgen.noise.{_MODULES[name]}")
+    importlib.import_module(_MODULES[name])
     token = _forced.set(name)
     try:
         yield
@@ -144,26 +144,47 @@ def use(name: Literal["numba", "triton", "torch"]) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _apply(tensor: Tensor) -> Callable[..., None]:
-    """The backend's function for a tensor."""
-    return _load(_forced.get() or _NATIVE.get(tensor.device.type, "torch"))[1]
-
-
 @functools.cache
-def _load(name: str) -> tuple[str, Callable[..., None]]:
-    """Import a backend on its first use; the torch twin, announced, where its compiler is missing."""
+def _load(device_type: str) -> tuple[str, Callable[..., None]]:
+    """Name and function of the backend for a type of device; says in one line when it is only the torch twin."""
+    name = _NATIVE.get(device_type)
+    if name is None:
+        log.warning("noise on %s is generated by plain torch: there is no compiled kernel for this device", device_type)
+        return "torch", philox.apply_
     try:
-        return name, importlib.import_module(f"smidgen.noise.{_MODULES[name]}").apply_
+        return name, importlib.import_module(_MODULES[name]).apply_
     except ImportError as error:
-        log.warning("noise is generated by plain torch, some 20 times slower, because %s cannot be imported: %s", name, error)
+        log.warning("noise on %s is generated by plain torch, some 50 times slower: %s (needs %s)", device_type, error, name)
         return "torch", philox.apply_
 
 
-def _check(out: Tensor, weight: Tensor) -> None:
+def _run(
+    out: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    terms: Sequence[Term],
+    distribution: Distribution,
+    decay: float,
+    at: Address | None,
+    start: int,
+) -> None:
+    """Check what backends take for granted and hand over. The operations are all out <- round(decay * weight + sum)."""
     if not (out.is_contiguous() and weight.is_contiguous()):
-        raise ValueError(f"noise works on contiguous tensors; this one has shape {tuple(out.shape)}, strides {out.stride()}")
-    if not (out.dtype.is_floating_point and weight.dtype.is_floating_point):
-        raise ValueError(f"noise works on floating point tensors, not on {weight.dtype} and {out.dtype}")
+        raise ValueError(
+            f"noise works on contiguous tensors; strides are {out.stride()} and {weight.stride()} for shapes "
+            f"{tuple(out.shape)} and {tuple(weight.shape)}"
+        )
+    if out.dtype not in _DTYPES or weight.dtype not in _DTYPES:
+        raise ValueError(f"noise works on float32, bfloat16, float16 and float64, not on {out.dtype} and {weight.dtype}")
+    device = weight.device
+    if out.device != device or (rows is not None and rows.device != device):
+        raise ValueError(f"the tensors are on different devices, {out.device} and {device}")
+    check_range(distribution, start, weight.numel(), at is not None)
+    forced = _forced.get()
+    apply_ = _load(device.type)[1] if forced is None else importlib.import_module(_MODULES[forced]).apply_
+    apply_(out, weight, rows, terms, distribution, decay, at, start)
+    if apply_ is not philox.apply_ and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # written behind autograd's back
 
 
 def _rounding(rounding: Rounding, at: Address) -> Address | None:

@@ -372,8 +372,10 @@ def apply_(
     count, width, places = weight.numel(), 1, 0
     if rows is not None:
         count, width, rows = rows.numel(), weight.shape[1], rows.contiguous()
-        if count and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
-            raise IndexError(f"rows {int(rows.min())} .. {int(rows.max())} are not all among the {len(weight)} of the weight")
+        if count:
+            least, most = map(int, torch.aminmax(rows))
+            if least < 0 or most >= len(weight):
+                raise IndexError(f"rows {least} .. {most} are not all among the {len(weight)} of the weight")
         places = rows.data_ptr()
     threads = torch.get_num_threads()
     if count * width * max(1, len(terms)) < SERIAL[distribution]:

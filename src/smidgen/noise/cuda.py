@@ -126,15 +126,16 @@ def _narrow(x, noise, KIND: tl.constexpr, STOCHASTIC: tl.constexpr):
     return (half | ((pattern >> 16) & 0x8000)).to(tl.int32, bitcast=True).to(tl.int16)
 
 
-_VALUES = "count width start decay scale k0 k1 tensor step use r0 r1 r_tensor r_step r_use more".split()
+_VALUES = ["pieces", "count", "width", "start", "decay", "scale", "k0", "k1", "tensor", "step", "use", "r0", "r1", "r_tensor", "r_step", "r_use", "more"]
 
 
-@triton.jit(do_not_specialize=_VALUES)
+@triton.jit(do_not_specialize=_VALUES)  # a variant for each divisibility of each word would be compiled otherwise
 def _kernel(
     out,
     weight,
     rows,
     table,
+    pieces,
     count,
     width,
     start,
@@ -162,10 +163,10 @@ def _kernel(
     source, target = weight, out
     number = start.to(tl.int64)
     n = count.to(tl.int64)
-    piece = tl.program_id(0).to(tl.int64)
+    piece = (tl.program_id(0) % pieces).to(tl.int64)
     if ROWS:
         n = width.to(tl.int64)
-        row = tl.program_id(1).to(tl.int64)
+        row = (tl.program_id(0) // pieces).to(tl.int64)
         target += row * n
         number = tl.load(rows + row) * n
         source += number
@@ -235,25 +236,28 @@ def apply_(
     if len(terms) > 1:
         records = [[*_signed(address.words), _bits(s)] for address, s in terms[1:]]
         table = torch.tensor(records, dtype=torch.int32).to(out.device, non_blocking=True)
-    _kernel[(triton.cdiv(count + 127, BLOCK), lines)](
-        out if out.dtype == torch.float32 else out.view(torch.int16),
-        weight if weight.dtype == torch.float32 else weight.view(torch.int16),
-        out if rows is None else rows,
-        table,
-        count,
-        width,
-        start,
-        decay,
-        scale,
-        *_signed(first.words if first else (0,) * 5),
-        *_signed(at.words if at else (0,) * 5),
-        max(0, len(terms) - 1),
-        OUT_KIND=KINDS[out.dtype],
-        WEIGHT_KIND=KINDS[weight.dtype],
-        GAUSSIAN=distribution == "gaussian",
-        TERMS=bool(terms),
-        STOCHASTIC=at is not None,
-        ROWS=rows is not None,
-        BLOCK=BLOCK,
-        enable_fp_fusion=False,
-    )
+    pieces = triton.cdiv(count + 127, BLOCK)
+    with torch.cuda.device_of(out):
+        _kernel[(pieces * lines,)](
+            out if out.dtype == torch.float32 else out.view(torch.int16),
+            weight if weight.dtype == torch.float32 else weight.view(torch.int16),
+            out if rows is None else rows,
+            table,
+            pieces,
+            count,
+            width,
+            start,
+            float(decay),
+            float(scale),
+            *_signed(first.words if first else (0,) * 5),
+            *_signed(at.words if at else (0,) * 5),
+            max(0, len(terms) - 1),
+            OUT_KIND=KINDS[out.dtype],
+            WEIGHT_KIND=KINDS[weight.dtype],
+            GAUSSIAN=distribution == "gaussian",
+            TERMS=bool(terms),
+            STOCHASTIC=at is not None,
+            ROWS=rows is not None,
+            BLOCK=BLOCK,
+            enable_fp_fusion=False,
+        )

@@ -201,13 +201,15 @@ def rounding_bits(at: Address, count: int, *, start: int = 0, device: torch.devi
     return halves.flatten()[start - first * per :][:count]
 
 
-def check_range(distribution: str, start: int, count: int) -> None:
+def check_range(distribution: str, start: int, count: int, rounded: bool = False) -> None:
     """Raise ValueError when the elements do not lie in the 2^32 blocks of an address, or the distribution is unknown."""
     per = PER_BLOCK.get(distribution)
     if per is None:
         raise ValueError(f"distribution {distribution!r} is unknown; there are {', '.join(PER_BLOCK)}")
+    if rounded:
+        per = min(per, ROUNDINGS_PER_BLOCK)
     if start < 0 or count < 0 or start + count > per << 32:
-        raise ValueError(f"elements {start} .. {start + count} leave the {per} * 2^32 elements of one {distribution} address")
+        raise ValueError(f"elements {start} .. {start + count} are not all among the {per} * 2^32 that an address has")
 
 
 def narrow(value32: Tensor, dtype: torch.dtype, bits: Tensor | None) -> Tensor:
@@ -244,6 +246,7 @@ def _shift(magnitude: Tensor, by: int, bits: Tensor | None) -> Tensor:
     return magnitude + bits >> by
 
 
+@torch.no_grad()
 def apply_(
     out: Tensor,
     weight: Tensor,
@@ -260,7 +263,6 @@ def apply_(
     [n, D] takes those rows of weight [V, D]. `at` addresses the bits of stochastic rounding; None rounds to nearest.
     Sums run in float32 (float64 for float64 weights) from left to right.
     """
-    check_range(distribution, start, weight.numel())
     if rows is None:
         flat, source = out.view(-1), weight.view(-1)
         for i in range(0, out.numel(), CHUNK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ class GradientOptimizer(Optimizer):
 
     uses = frozenset({"backward"})
 
-    def _update(self, group: dict[str, Any], weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
+    def _update(self, group: dict[str, Any], gradient: Tensor, state: dict[str, Any], weight: Tensor) -> None:
         """weight <- one update, in place; both float32."""
         raise NotImplementedError
 
@@ -47,7 +48,7 @@ class GradientOptimizer(Optimizer):
             state = self.state[entry.tensor]
             self.view.edit_(
                 entry.name,
-                lambda weight: self._update(group, weight, gradient, state),
+                functools.partial(self._update, group, gradient, state),
                 at=self.rounding_address(self.config.seed),
                 rounding=self.config.rounding,
             )

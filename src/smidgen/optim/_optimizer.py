@@ -104,7 +104,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state plus the step counter and the method's scalars."""
-        return {**super().state_dict(), "smidgen": {**self._scalars(), "t": self.t, "bad_steps": self.bad_steps, "spent": dict(self.spent)}}
+        return {
+            **super().state_dict(),
+            "smidgen": {**self._scalars(), "t": self.t, "bad_steps": self.bad_steps, "spent": dict(self.spent)},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but tensors of the state keep their own dtype (float32 moments of 16-bit weights)."""

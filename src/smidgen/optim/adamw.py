@@ -45,7 +45,7 @@ class AdamW(GradientOptimizer):
     def __init__(self, params: ParamView | Iterable[Any], config: Config | None = None, **options: Any):
         super().__init__(params, config or Config(**options))
 
-    def _update(self, group: dict[str, Any], weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
+    def _update(self, group: dict[str, Any], gradient: Tensor, state: dict[str, Any], weight: Tensor) -> None:
         cfg = self.config
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)

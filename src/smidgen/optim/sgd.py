@@ -39,7 +39,7 @@ class SGD(GradientOptimizer):
     def __init__(self, params: ParamView | Iterable[Any], config: Config | None = None, **options: Any):
         super().__init__(params, config or Config(**options))
 
-    def _update(self, group: dict[str, Any], weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
+    def _update(self, group: dict[str, Any], gradient: Tensor, state: dict[str, Any], weight: Tensor) -> None:
         cfg = self.config
         if cfg.momentum:
             v = state.setdefault("momentum", torch.zeros_like(weight))

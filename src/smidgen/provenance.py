@@ -1,0 +1,104 @@
+"""What a journal belongs to: hashes of base and tuned weights, the header that names them, the tensors made for a run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from smidgen import noise
+from smidgen.config import ConfigError, notice
+from smidgen.fingerprint import state_sha256
+from smidgen.folder import INIT
+from smidgen.params import ParamView, canonical
+
+
+def header(
+    method: str,
+    config: Any,
+    view: ParamView,
+    base: str,
+    init: str | None,
+    device: torch.device,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a journal must know to be replayed, and to be refused on another base."""
+    return {
+        **(facts or {}),
+        "method": method,
+        "method_config": config.model_dump(mode="json"),
+        "groups": 1,
+        "base_sha256": base,
+        "init_sha256": init,
+        "noise": noise.VERSION,
+        "backend": noise.backend(device),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "positional": view.positional,
+        "tensors": {e.name: [e.id, str(e.tensor.dtype).removeprefix("torch."), list(e.tensor.shape)] for e in view},
+    }
+
+
+def check_header(found: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
+    """Refuse a journal of another base, method, configuration or noise; warn of another machine."""
+    reasons = {
+        "base_sha256": "it belongs to another base model (weights differ)",
+        "method": f"it was written by method {found['method']!r}, this run uses {ours['method']!r}",
+        "tensors": "the tuned tensors differ (scheme or model changed)",
+        "noise": f"it was written with noise version {found['noise']}, this smidgen has {ours['noise']}",
+        "method_config": "the method's options differ: "
+        + ", ".join(
+            f"{k}: {found['method_config'].get(k)} -> {v}"
+            for k, v in ours["method_config"].items()
+            if found["method_config"].get(k) != v
+        ),
+        "init_sha256": "its init.safetensors differs",
+    }
+    for key, reason in reasons.items():
+        if found[key] != ours[key]:
+            raise ConfigError(f"{where} does not fit this run: {reason}; use the original settings or another --output")
+    changed = [k for k in ("backend", "threads", "machine", "torch") if found[k] != ours[k]]
+    if changed:
+        pairs = ", ".join(f"{k} {found[k]} -> {ours[k]}" for k in changed)
+        notice(f"{where.name} was written elsewhere ({pairs}): results may differ in the last bits")
+
+
+def base_sha256(model: nn.Module) -> str:
+    """Hash of all weights of a model under canonical names, tuned or not."""
+    return state_sha256({canonical(n): p.detach() for n, p in model.named_parameters()})
+
+
+def weights_sha256(view: ParamView) -> str:
+    """Hash of the tuned tensors' bytes in name order."""
+    return state_sha256({e.name: e.storage for e in view})
+
+
+def save_init(view: ParamView, fresh: Sequence[str], folder: Path) -> str:
+    """Write the tensors that are not in the base model to init.safetensors; returns their hash."""
+    from safetensors.torch import save_file
+
+    tensors = {name: view[name].storage.contiguous().cpu() for name in fresh}
+    part = folder / (INIT + ".part")
+    save_file(tensors, part)
+    part.rename(folder / INIT)
+    return state_sha256(tensors)
+
+
+def load_init(view: ParamView, folder: Path) -> str | None:
+    """Put the tensors of init.safetensors into the view; returns their hash, None where there is no such file."""
+    from safetensors.torch import load_file
+
+    path = folder / INIT
+    if not path.exists():
+        return None
+    tensors = load_file(path)
+    for name, value in tensors.items():
+        if name not in view.entries or view[name].tensor.shape != value.shape:
+            raise ConfigError(f"{path}: tensor {name!r} does not fit this model and scheme")
+        view[name].storage.copy_(value)
+    return state_sha256(tensors)
