@@ -27,14 +27,14 @@ SETTINGS: dict[str, dict[tuple[str, str], list[str]]] = {
     "tinystories-3m": {
         ("adamw", "full"): ["--lr", "1e-4", "--steps", "126"],
         ("adamw", "lora"): ["--lr", "3e-3", "--steps", "126"],
-        ("zo_sgd", "full"): ["--lr", "1e-4", "method_args.normalise=rms", "--steps", "2000"],
-        ("zo_sgd", "lora"): ["--lr", "1e-3", "method_args.normalise=rms", "--eps", "1e-2", "--steps", "2000"],
+        ("zo_sgd", "full"): ["--lr", "1e-4", "method_args.normalise=rms", "--steps", "1500"],
+        ("zo_sgd", "lora"): ["--lr", "1e-3", "method_args.normalise=rms", "--eps", "1e-2", "--steps", "1500"],
     },
     "minilm-22m": {
-        ("adamw", "full"): ["--lr", "1e-4", "--steps", "189"],
-        ("adamw", "lora"): ["--lr", "3e-3", "--steps", "189"],
-        ("zo_sgd", "full"): ["--lr", "3e-4", "method_args.normalise=rms", "--steps", "2000"],
-        ("zo_sgd", "lora"): ["--lr", "3e-3", "method_args.normalise=rms", "--eps", "1e-2", "--steps", "2000"],
+        ("adamw", "full"): ["--lr", "1e-4", "--steps", "126"],
+        ("adamw", "lora"): ["--lr", "3e-3", "--steps", "126"],
+        ("zo_sgd", "full"): ["--lr", "3e-4", "method_args.normalise=rms", "--steps", "1000"],
+        ("zo_sgd", "lora"): ["--lr", "3e-3", "method_args.normalise=rms", "--eps", "1e-2", "--steps", "1000"],
     },
 }
 
@@ -67,7 +67,7 @@ def cell(model: str, path: Path, data: Path, method: str, scheme: str, seed: int
             scheme,
         ]
         command += [*SETTINGS[model][method, scheme], "--seed", str(seed), "--train-rows", "1000", "--threads", str(threads)]
-        command += ["train.lr_scheduler_type=linear", "max_length=64", "-o", f"{folder}/run", "--json"]
+        command += ["train.lr_scheduler_type=linear", "train.eval_steps=100000", "max_length=64", "-o", f"{folder}/run", "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=shared / "models" / "tinystories-instruct-3m-chat")
     parser.add_argument("--records", type=Path, default=Path(__file__).parents[1] / "results" / "real_input")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=None, help="models")
     args = parser.parse_args()
     figures: dict[str, float] = {}

@@ -1,7 +1,9 @@
-"""The command as a user runs it: in a process of its own, offline, on the embedded model."""
+"""The command as a user runs it, offline, on the embedded model."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -10,26 +12,49 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 import yaml
+
+from smidgen import cli
+
+pytestmark = pytest.mark.trainer
 
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
 SMALL = ["--task", "reviews", "--train-rows", "64", "--dev-rows", "32", "--batch", "8", "train.eval_steps=1000"]
 
 
-def smidgen(*arguments, cwd, code=0, **options):
-    done = subprocess.run(
-        [sys.executable, "-m", "smidgen", *map(str, arguments)],
-        cwd=cwd,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
-    assert done.returncode == code, f"exit {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
-    return done
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    """Commands run in this process, which is quick; what has to die or to start afresh runs in one of its own."""
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    threads, verbosity = torch.get_num_threads(), transformers.utils.logging.get_verbosity()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity(verbosity)
+
+
+def smidgen(*arguments, cwd, code=0, input=None):
+    """Run the command in `cwd`; checks the exit code and returns stdout and stderr."""
+    out, errors = io.StringIO(), io.StringIO()
+    found, before, argv, stdin = 0, Path.cwd(), sys.argv, sys.stdin
+    sys.argv, sys.stdin = ["smidgen", *map(str, arguments)], io.StringIO(input or "")
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            cli.main()
+    except SystemExit as error:
+        found = error.code or 0
+    finally:
+        os.chdir(before)
+        sys.argv, sys.stdin = argv, stdin
+    assert found == code, f"exit {found}, wanted {code}\n{out.getvalue()}\n{errors.getvalue()}"
+    return SimpleNamespace(stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 def start(*arguments, cwd):

@@ -352,7 +352,7 @@ def _team() -> Callable[[int, int, int, int], None] | None:
 
 
 # Below so many elements times terms the threads cost more than they save.
-SERIAL = {"rademacher": 1 << 18, "gaussian": 1 << 15}
+SERIAL = {"rademacher": 1 << 20, "gaussian": 1 << 16}
 
 
 def apply_(
