@@ -22,7 +22,7 @@ LAYERS = [
     "params splits drafts",
     "data encode collate loss",
     "adapt activations models",
-    "readers",
+    "lookup readers",
     "probing",
     "objective",
     "optim",

@@ -119,9 +119,9 @@ def test_embedding_displaces_only_looked_up_rows(monkeypatch):
     data = batch(kind)
     engine.check_batch(data)
     seen = []
-    original = probing.displace_rows
+    original = lookup.displace_rows
     monkeypatch.setattr(
-        probing, "displace_rows", lambda p, name, *a: (seen.append((name, a[1].numel())), original(p, name, *a))
+        lookup, "displace_rows", lambda p, name, *a: (seen.append((name, a[1].numel())), original(p, name, *a))
     )
     whole = []
     full = probing.displace

@@ -10,14 +10,14 @@ Does not do: label smoothing, z-loss, sampled softmax.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-Kind = Literal["causal", "masked", "seq2seq", "classification"]
+from smidgen.kinds import Kind
 
 IGNORE = -100  # the label of a position without loss, as in transformers
 

@@ -59,9 +59,9 @@ class _Poison(Tensor):
     key: tuple[int, str]  # id of the owner module, attribute
 
     _METADATA = frozenset(
-        ["shape", "dtype", "device", "ndim", "size", "dim", "requires_grad", "is_leaf", "layout", "numel", "is_cuda", "names"]
-        + ["is_floating_point", "element_size", "nelement", "is_sparse", "is_quantized", "is_meta", "grad_fn", "grad"]
-        + ["is_complex", "itemsize", "nbytes", "is_contiguous", "stride", "is_cpu", "is_nested"]
+        """shape dtype device ndim size dim requires_grad is_leaf layout numel is_cuda names is_floating_point element_size
+        nelement is_sparse is_quantized is_meta grad_fn grad is_complex itemsize nbytes is_contiguous stride is_cpu
+        is_nested""".split()  # noqa: SIM905 - a list of this length reads worse
     )
 
     @classmethod

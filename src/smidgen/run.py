@@ -23,7 +23,7 @@ from smidgen.collate import Collator
 from smidgen.config import Interrupted, MemoryRefused, RunConfig, UserError, notice
 from smidgen.encode import encode
 from smidgen.evaluate import Evaluation, evaluation
-from smidgen.loss import Kind
+from smidgen.kinds import Kind, detect_kind, head_of
 from smidgen.params import canonical
 from smidgen.provenance import weights_sha256
 from smidgen.settings import choose, memory_line, options_of, scheme_config, training_arguments
@@ -92,12 +92,20 @@ def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) 
     if not config.resume:
         config = choose(config, len(examples), say)
     arguments = training_arguments(config, folder)
+    _check_kind(config, corpus)
     if dry_run:
         return {"status": "dry run", "output": str(folder), "rows": len(examples), "config": configuration.dump(config)}
     with folders.locked(folder), Signals() as signals, _explained(config, folder):
         if config.force and not config.resume:
             folders.clear(folder)
         return _train(config, folder, corpus, examples, arguments, signals, say)
+
+
+def _check_kind(config: RunConfig, corpus: data.Corpus) -> None:
+    """Raise ConfigError when the model cannot predict what the data ask for, before its weights are read."""
+    found = models.load_config(config.model, trust_remote_code=config.trust_remote_code)
+    kind = detect_kind(found, corpus.words is not None) if config.kind == "auto" else config.kind
+    head_of(config.model, found, kind, trust_remote_code=config.trust_remote_code)
 
 
 @contextlib.contextmanager

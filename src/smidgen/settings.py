@@ -57,7 +57,7 @@ def choose(config: RunConfig, rows: int, say: Callable[[str], None]) -> RunConfi
         updates["train.eval_steps"] = max(1, steps // 5)
     if train.save_steps is None and backward:
         updates["train.save_steps"] = max(1, steps // 5)
-    if "logging_steps" not in train.model_fields_set:
+    if train.logging_steps is None:
         updates["train.logging_steps"] = max(1, steps // 50)
     return configuration.with_values(config, {**updates, "method_args": method})
 

@@ -68,7 +68,7 @@ COS = (-3.08425136e-01, 1.58543266e-02, -3.25940080e-04, 3.53033805e-06)
 TWO_LN2 = 2 * math.log(2)
 SQRT_HALF_BITS = 0x3F3504F3  # sqrt(1/2) as float32
 
-CHUNK = 1 << 17  # elements worked on at a time: bounds the temporaries to some 100 MB
+CHUNK = 1 << 18  # elements worked on at a time: bounds the temporaries to some 100 MB
 _32 = 0xFFFFFFFF
 
 

@@ -25,6 +25,9 @@ from smidgen.params import ParamView, Rounding
 
 status = "experimental"
 
+# Without an lr of the user's: from results/real_input, for models of 3M to 22M weights; larger ones want smaller rates.
+SUGGESTED: dict[str, dict[str, Any]] = {"full": {"lr": 1e-4}, "lora": {"lr": 1e-3}}
+
 
 class Config(MethodConfig):
     """Options of AdamW; defaults are torch's, except the learning rate."""

@@ -32,6 +32,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mezo": {"distribution": "gaussian", "normalise": "none", "lr": 1e-6, "eps": 1e-3, "sides": 2, "queries": 1},
 }
 
+# Without an lr of the user's: from results/real_input and the embedded model's README; one rate serves several tasks.
+SUGGESTED: dict[str, dict[str, Any]] = {
+    "full": {"lr": 3e-4, "eps": 1e-3, "normalise": "rms"},
+    "lora": {"lr": 1e-3, "eps": 1e-2, "normalise": "rms"},
+}
+
 
 class Config(MethodConfig):
     """Options of ZO-SGD. Defaults are MeZO's for full fine-tuning, except the noise."""

@@ -1,7 +1,7 @@
 """Row, Example and Task: what a data file holds, what a model is asked, and the seam between the two.
 
 A Row is a dict that knows where it was read, for error messages. JSON Lines, the format of the packaged sets, is read
-here with the standard library alone; `smidgen.data` reads every other format and replaces the reader of a Task.
+here with the standard library alone; `smidgen.rows` reads every other format and replaces the reader of a Task.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Task(Protocol):
     """Data only: where rows come from, how they become examples, and what counts as success.
 
     source: a hub id (``owner/name:config``) or a folder with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``.
-    read: how a split of `source` is read; `smidgen.data` replaces it to serve the user's own data and every format.
+    read: how a split of `source` is read; `smidgen.rows` replaces it to serve the user's own data and every format.
     words: the label words in class order, known once the training rows were read.
     """
 
