@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from _record import emit
 
+from _record import emit
 from smidgen import noise
 
 SCALE = 1e-6

@@ -67,7 +67,8 @@ def cell(model: str, path: Path, data: Path, method: str, scheme: str, seed: int
             scheme,
         ]
         command += [*SETTINGS[model][method, scheme], "--seed", str(seed), "--train-rows", "1000", "--threads", str(threads)]
-        command += ["train.lr_scheduler_type=linear", "train.eval_steps=100000", "max_length=64", "-o", f"{folder}/run", "--json"]
+        command += ["train.lr_scheduler_type=linear", "train.eval_steps=100000", "max_length=64"]
+        command += ["-o", f"{folder}/run", "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)

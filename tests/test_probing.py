@@ -112,7 +112,7 @@ def test_scratch_is_no_larger_than_the_largest_tuned_tensor():
 
 
 def test_embedding_displaces_only_looked_up_rows(monkeypatch):
-    from smidgen import probing
+    from smidgen import lookup, probing
 
     kind, model = make("opt-untied")
     engine = engine_of(model, kind)
@@ -120,9 +120,7 @@ def test_embedding_displaces_only_looked_up_rows(monkeypatch):
     engine.check_batch(data)
     seen = []
     original = lookup.displace_rows
-    monkeypatch.setattr(
-        lookup, "displace_rows", lambda p, name, *a: (seen.append((name, a[1].numel())), original(p, name, *a))
-    )
+    monkeypatch.setattr(lookup, "displace_rows", lambda p, name, *a: (seen.append((name, a[1].numel())), original(p, name, *a)))
     whole = []
     full = probing.displace
     monkeypatch.setattr(probing, "displace", lambda p, name, *a, **k: (whole.append(name), full(p, name, *a, **k)))

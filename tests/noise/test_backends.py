@@ -50,7 +50,15 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_integer_stream_is_random123s(backend, counter, key, words):
     block, tensor, step, use = counter
     address = Address(key[0] | key[1] << 32, tensor, step, use >> 8, use & 0xFF)
-    signs = run(backend, noise.displace_, torch.empty(128), torch.zeros(128), terms=[(address, 1.0)], distribution="rademacher", start=block * 128)
+    signs = run(
+        backend,
+        noise.displace_,
+        torch.empty(128),
+        torch.zeros(128),
+        terms=[(address, 1.0)],
+        distribution="rademacher",
+        start=block * 128,
+    )
     assert tuple(sum(int(s < 0) << i for i, s in enumerate(signs[32 * w : 32 * w + 32])) for w in range(4)) == words
 
 
@@ -113,7 +121,9 @@ def test_displace_rows(backend, dtype, distribution, width):
     for k in (1, 3):
         options = {"terms": terms(k), "distribution": distribution}
         expected = run("torch", noise.displace_rows_, torch.empty(5, width, dtype=dtype), weight, rows, **options)
-        assert same_bits(run(backend, noise.displace_rows_, torch.empty(5, width, dtype=dtype), weight, rows, **options), expected)
+        assert same_bits(
+            run(backend, noise.displace_rows_, torch.empty(5, width, dtype=dtype), weight, rows, **options), expected
+        )
     whole = run("torch", noise.displace_, torch.empty_like(weight), weight, **options)
     assert same_bits(expected, whole[rows])
 
@@ -258,7 +268,9 @@ def test_nothing_to_do():
     for backend in BACKENDS:
         assert run(backend, noise.update_, torch.empty(0), terms=terms(1), distribution="gaussian", at=AT).shape == (0,)
         no_rows = torch.empty(0, dtype=torch.int64)
-        assert run(backend, noise.displace_rows_, torch.empty(0, 6), values(4, 6), no_rows, terms=[], distribution="gaussian").shape == (0, 6)
+        assert run(
+            backend, noise.displace_rows_, torch.empty(0, 6), values(4, 6), no_rows, terms=[], distribution="gaussian"
+        ).shape == (0, 6)
 
 
 def python(code: str, **environment: str) -> str:

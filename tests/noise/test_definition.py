@@ -131,7 +131,9 @@ ABSOLUTE_ERROR, RELATIVE_ERROR = 8e-7, 3e-7  # stated in philox's docstring
 
 def test_extreme_words_give_finite_values():
     edges = [0, 1, 2, 3, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 256, 2**32 - 2, 2**32 - 1]
-    edges += [2**k + d for k in range(2, 32) for d in (-1, 0, 1)] + [int(2**k * math.sqrt(2)) + d for k in range(32) for d in (-1, 0, 1)]
+    edges += [2**k + d for k in range(2, 32) for d in (-1, 0, 1)] + [
+        int(2**k * math.sqrt(2)) + d for k in range(32) for d in (-1, 0, 1)
+    ]
     edges = sorted({e for e in edges if 0 <= e < 2**32})
     a, b = (t.flatten() for t in torch.meshgrid(torch.tensor(edges), torch.tensor(edges), indexing="ij"))
     w = torch.stack((a, b, b, a), dim=-1)

@@ -17,8 +17,11 @@ from smidgen.noise import cuda
 
 def code(out, weight, rows, gaussian, stochastic):
     names = cuda._kernel.arg_names
-    constants = dict(OUT_KIND=out, WEIGHT_KIND=weight, GAUSSIAN=gaussian, TERMS=True, STOCHASTIC=stochastic, ROWS=rows, BLOCK=cuda.BLOCK)
-    kinds = {"out": ["*fp32", "*i16"][out > 0], "weight": ["*fp32", "*i16"][weight > 0], "rows": "*i64", "table": "*i32", "decay": "fp32", "scale": "fp32"}
+    constants = dict(OUT_KIND=out, WEIGHT_KIND=weight, ROWS=rows, GAUSSIAN=gaussian, STOCHASTIC=stochastic)
+    constants |= dict(TERMS=True, BLOCK=cuda.BLOCK)
+    values = ["*fp32", "*i16"]
+    kinds = {"out": values[out > 0], "weight": values[weight > 0], "rows": "*i64", "table": "*i32"}
+    kinds |= {"decay": "fp32", "scale": "fp32"}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     source = ASTSource(fn=cuda._kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm

@@ -33,7 +33,9 @@ def test_nearest_is_torchs_conversion(dtype, backend):
     middles = (numbers[1:].double() + numbers[:-1].double()).div(2).float()
     around = torch.cat([torch.nextafter(middles, torch.full_like(middles, end)) for end in (-math.inf, math.inf)])
     patterns = torch.arange(-(2**31), 2**31, 65521, dtype=torch.int64).to(torch.int32).view(torch.float32)
-    value = torch.cat([numbers, middles, around, patterns, torch.tensor([math.inf, -math.inf, 65520.0, 65519.99, 3.4e38, -3.4e38])])
+    value = torch.cat(
+        [numbers, middles, around, patterns, torch.tensor([math.inf, -math.inf, 65520.0, 65519.99, 3.4e38, -3.4e38])]
+    )
     with noise.use(backend):
         got = write(value, dtype, "nearest")
     nan = value.isnan()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import inspect
 import logging
 import os
 from array import array
@@ -31,6 +32,7 @@ from smidgen.noise.lanes import (
     F64,
     I32,
     I64,
+    Float,
     Value,
     as_f,
     as_u,
@@ -120,24 +122,24 @@ def normals(a: Value, b: Value) -> tuple[Value, Value]:
 
 
 @stage
-def add_rademacher(out: Value, weight: Value, groups: Value, number: Value, decay: float, term: Value) -> None:
+def add_rademacher(out: Value, weight: Value, groups: Value, number: Value, decay: Float, term: Value) -> None:
     """float32 out <- decay * weight + scale * z. `number`: of the first element, a multiple of 128; at most 16 groups."""
     builder, factor = out.builder, splat(decay)
     words = scratch(builder, 256)
-    for i, w in enumerate(interleave(*blocks16(splat(number >> 7), address_at(term)))):
-        store(words + 64 * i, w)
+    for part, some in enumerate(interleave(*blocks16(splat(number >> 7), address_at(term)))):
+        store(words + 64 * part, some)
     plus = as_u(scale_at(term))
     shifts = 31 - lane_numbers(builder), 15 - lane_numbers(builder)  # bring the bit of each element to the sign
     with loop(groups << 2) as i:
         w = splat(load(words + (i << 2), I32))
-        for half in range(2):
+        for half, to_sign in enumerate(shifts):
             at = (i << 7) + 64 * half
-            z = as_f((w << shifts[half] & 0x80000000) ^ plus)
+            z = as_f((w << to_sign & 0x80000000) ^ plus)
             store(out + at, load_f(weight + at) * factor + z)
 
 
 @stage
-def add_gaussian(out: Value, weight: Value, groups: Value, number: Value, decay: float, term: Value) -> None:
+def add_gaussian(out: Value, weight: Value, groups: Value, number: Value, decay: Float, term: Value) -> None:
     """The same with normal values, 16 blocks of 4 at a time."""
     address, first = address_at(term), splat(number >> 2)
     factor, scale = splat(decay), scale_at(term)
@@ -192,7 +194,7 @@ def shift(magnitude: Value, by: int, noise: Value | None) -> Value:
 
 
 def widener(name: str, read: Callable[[Value], Value], size: int) -> Any:
-    def widen(out: Value, weight: Value, groups: Value, decay: float) -> None:
+    def widen(out: Value, weight: Value, groups: Value, decay: Float) -> None:
         """float32 out <- decay * weight."""
         factor = splat(decay)
         with loop(groups << 3) as i:
@@ -229,7 +231,8 @@ nearest_float16, stochastic_float16 = narrower("float16", to_float16)
 # What a call hands to the kernel: float64 numbers, which hold addresses, counts and 32-bit words exactly, except NEXT: an
 # int64, the first element (or row) that no thread has taken yet. The rounding address stands at AT; the terms follow,
 # each an address and a scale.
-NEXT, CHUNK, COUNT, START, OUT, OUT_KIND, WEIGHT, WEIGHT_KIND, ROWS, WIDTH, DECAY, DISTRIBUTION, STOCHASTIC, TERMS, AT = range(15)
+NEXT, CHUNK, COUNT, START, OUT, OUT_KIND, WEIGHT, WEIGHT_KIND = range(8)
+ROWS, WIDTH, DECAY, DISTRIBUTION, STOCHASTIC, TERMS, AT = range(8, 15)
 FIRST_TERM, TERM_SIZE = AT + 5, 6
 NO_ADDRESS = (0,) * 5
 
@@ -326,7 +329,7 @@ def compile_kernel(sources: int) -> Any:
 @functools.cache
 def _kernel() -> tuple[Callable[[int], None], int]:
     """The compiled kernel, as a function of the address of a call, and its own address."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (philox, lanes))
+    sources = b"".join(Path(inspect.getfile(module)).read_bytes() for module in (philox, lanes))
     compiled = compile_kernel(int.from_bytes(hashlib.sha256(sources).digest()[:8]) >> 2)
     return ctypes.CFUNCTYPE(None, ctypes.c_int64)(compiled.address), compiled.address
 
@@ -335,8 +338,10 @@ def _kernel() -> tuple[Callable[[int], None], int]:
 def _team() -> Callable[[int, int, int, int], None] | None:
     """GOMP_parallel(function, argument, threads, 0) of the OpenMP runtime that torch itself runs on, or None.
 
-    LLVM's and Intel's runtimes offer it besides GNU's. A team of numba's own (omp, workqueue) has to fight for the cores
-    with torch's workers, which go on spinning for milliseconds after each matrix product; here they are the team.
+    Torch's workers go on spinning for milliseconds after a matrix product, so any other threads fight with them for the
+    cores; entering through torch's runtime, they are the workers. Measured on two cores, medians: normal noise for 768 x 768
+    weights right after a product takes 255 us here, 470 us on one thread, 520 us on Python threads; numba's workqueue was
+    no faster than one thread, and numba's omp layer as fast as this, because the loader happens to give it torch's runtime.
     """
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
@@ -351,8 +356,9 @@ def _team() -> Callable[[int, int, int, int], None] | None:
     return None
 
 
-# Below so many elements times terms the threads cost more than they save.
-SERIAL = {"rademacher": 1 << 20, "gaussian": 1 << 16}
+# Up to so many elements times terms (some 50 us of work) one thread does it: entering the team costs 2 us when its workers
+# are awake, 50 us when not.
+SERIAL = {"rademacher": 1 << 19, "gaussian": 1 << 16}
 
 
 def apply_(
@@ -369,46 +375,29 @@ def apply_(
     if out.dtype not in KINDS or weight.dtype not in KINDS:
         philox.apply_(out, weight, rows, terms, distribution, decay, at, start)
         return
-    count, width, places = weight.numel(), 1, 0
+    count, width, row_numbers = weight.numel(), 1, 0
     if rows is not None:
         count, width, rows = rows.numel(), weight.shape[1], rows.contiguous()
         if count:
             least, most = map(int, torch.aminmax(rows))
             if least < 0 or most >= len(weight):
                 raise IndexError(f"rows {least} .. {most} are not all among the {len(weight)} of the weight")
-        places = rows.data_ptr()
+        row_numbers = rows.data_ptr()
     threads = torch.get_num_threads()
     if count * width * max(1, len(terms)) < SERIAL[distribution]:
         threads = 1
     chunk = count if threads == 1 else -(-count // (4 * threads))
     if rows is None:
         chunk = -(-chunk // TILE) * TILE
-    call = array(
-        "d",
-        (
-            0,
-            chunk,
-            count,
-            start,
-            out.data_ptr(),
-            KINDS[out.dtype],
-            weight.data_ptr(),
-            KINDS[weight.dtype],
-            places,
-            width,
-            decay,
-            DISTRIBUTIONS[distribution],
-            at is not None,
-            len(terms),
-            *(NO_ADDRESS if at is None else at.words),
-        ),
-    )
+    call = array("d", (0, chunk, count, start, out.data_ptr(), KINDS[out.dtype], weight.data_ptr(), KINDS[weight.dtype]))
+    call.extend((row_numbers, width, decay, DISTRIBUTIONS[distribution], at is not None, len(terms)))
+    call.extend(NO_ADDRESS if at is None else at.words)
     for address, scale in terms:
         call.extend(address.words)
         call.append(scale)
-    where_, _ = call.buffer_info()
+    place, _ = call.buffer_info()
     run, function = _kernel()
     if threads > 1 and (enter := _team()) is not None:
-        enter(function, where_, threads, 0)
+        enter(function, place, threads, 0)
     else:
-        run(where_)
+        run(place)

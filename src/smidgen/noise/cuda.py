@@ -28,7 +28,7 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 BLOCK = 2048  # elements of a program: 16 Rademacher blocks
 
 # Triton reads module constants of this type only.
-_BFLOAT16, _FLOAT16 = tl.constexpr(BFLOAT16), tl.constexpr(FLOAT16)
+_FLOAT32, _BFLOAT16, _FLOAT16 = tl.constexpr(FLOAT32), tl.constexpr(BFLOAT16), tl.constexpr(FLOAT16)
 _M0, _M1 = (tl.constexpr(m) for m in philox.MULTIPLIERS)
 _STEP0, _STEP1 = (tl.constexpr(i) for i in philox.INCREMENTS)
 _ROUNDS = tl.constexpr(philox.ROUNDS)
@@ -50,7 +50,7 @@ def _words(block, k0, k1, tensor, step, use):
     a = _word(block)
     b, c, d = a * 0 + _word(tensor), a * 0 + _word(step), a * 0 + _word(use)
     k0, k1 = _word(k0), _word(k1)
-    for i in tl.static_range(_ROUNDS):
+    for _ in tl.static_range(_ROUNDS):
         high0, low0 = tl.umulhi(a, a * 0 + _M0), a * _M0
         high1, low1 = tl.umulhi(c, a * 0 + _M1), c * _M1
         a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
@@ -126,10 +126,11 @@ def _narrow(x, noise, KIND: tl.constexpr, STOCHASTIC: tl.constexpr):
     return (half | ((pattern >> 16) & 0x8000)).to(tl.int32, bitcast=True).to(tl.int16)
 
 
-_VALUES = ["pieces", "count", "width", "start", "decay", "scale", "k0", "k1", "tensor", "step", "use", "r0", "r1", "r_tensor", "r_step", "r_use", "more"]
+_NUMBERS = ["pieces", "count", "width", "start", "decay", "scale", "more"]
+_ADDRESSES = ["k0", "k1", "tensor", "step", "use", "r0", "r1", "r_tensor", "r_step", "r_use"]
 
 
-@triton.jit(do_not_specialize=_VALUES)  # a variant for each divisibility of each word would be compiled otherwise
+@triton.jit(do_not_specialize=_NUMBERS + _ADDRESSES)  # or each divisibility of each word is compiled for itself
 def _kernel(
     out,
     weight,
@@ -189,7 +190,7 @@ def _kernel(
                 BLOCK,
             )
             value = value + z * tl.load(record + 5).to(tl.float32, bitcast=True)
-    if OUT_KIND == _BFLOAT16 or OUT_KIND == _FLOAT16:
+    if OUT_KIND != _FLOAT32:
         noise = value.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
             w = _words((first // 8) + tl.arange(0, BLOCK // 8), r0, r1, r_tensor, r_step, r_use)

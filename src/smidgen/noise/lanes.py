@@ -91,6 +91,12 @@ class Value:
         return Value(self.builder, getattr(self.builder, operation)(self.value, kind))
 
 
+class Float(Value):
+    """Annotates parameters of stages that are float32 numbers; the others are int64."""
+
+    __slots__ = ()
+
+
 def constant(kind: ir.Type, number: float) -> ir.Constant:
     if isinstance(kind, ir.VectorType):
         return ir.Constant(kind, [constant(kind.element, number)] * kind.count)
@@ -222,11 +228,11 @@ def loop(count: Value) -> Iterator[Value]:
 def stage(function: Callable[..., None], name: str = "") -> Any:
     """Make a function that writes code into one that numba kernels can call.
 
-    Its parameters are int64, or float32 where annotated so (`float`); it returns nothing. `name`: unique among stages.
+    Its parameters are int64, or float32 where annotated `Float`; it returns nothing. `name`: unique among stages.
     """
     parameters = inspect.signature(function).parameters.values()
     symbol = f"smidgen.{name or function.__name__}"
-    kinds = [F32 if p.annotation in (float, "float") else I64 for p in parameters]
+    kinds = [F32 if p.annotation in (Float, "Float") else I64 for p in parameters]
 
     def code(context, builder, signature, arguments):
         callee = builder.module.globals.get(symbol)

@@ -21,8 +21,7 @@ never fused, so all backends that forbid contraction agree bit for bit. With the
     s = y SIN(v), c = v COS(v) + 1; bit 30 of b flips the sign of c; bit 31 of b swaps c and s
     z = r c, r s
 
-Largest error of z against float64 arithmetic on the same words, measured over 2^22 pairs: 7.3e-7, and over all 2^31
-values of r: 4.6e-7.
+Largest error of z against float64 arithmetic on the same x and y, measured over 2^25 pairs: 6.9e-7, and 2.8e-7 of z.
 
 Rounding, 16 bits an element, 8 elements a block: element i takes the low (i even) or high half of word (i mod 8) // 2.
 Stochastic rounding adds them below the last kept bit and truncates, so the mean is the value: exactly for bfloat16 and
@@ -30,8 +29,8 @@ for normal float16 numbers; subnormal float16 numbers (spacing 2^-24) are low by
 nearest, finite values beyond the largest 16-bit number may become infinite (their neighbours on the grid are that number
 and infinity); infinities stay; NaN stays NaN (one canonical pattern with its sign).
 
-Cost of the functions here: some 150 torch kernels for each 2^20 elements and up to 100 MB of temporaries; about 20 times
-slower than the compiled kernels. Works on any device that torch has.
+Cost of the functions here: some 150 torch kernels for each 2^18 elements and 40 MB of temporaries; about 100 times
+slower than the compiled kernels (measured on two cores). Works on any device that torch has.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ COS = (-3.08425136e-01, 1.58543266e-02, -3.25940080e-04, 3.53033805e-06)
 TWO_LN2 = 2 * math.log(2)
 SQRT_HALF_BITS = 0x3F3504F3  # sqrt(1/2) as float32
 
-CHUNK = 1 << 18  # elements worked on at a time: bounds the temporaries to some 100 MB
+CHUNK = 1 << 18  # elements worked on at a time: bounds the temporaries to 40 MB (measured)
 _32 = 0xFFFFFFFF
 
 
