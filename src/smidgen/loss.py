@@ -21,7 +21,7 @@ from smidgen.kinds import Kind
 
 IGNORE = -100  # the label of a position without loss, as in transformers
 
-BLOCK_ELEMENTS = 1 << 22  # elements of one vocabulary block of the head: 16 MB in float32; measured, see docs/decisions.md
+BLOCK_ELEMENTS = 1 << 22  # elements of one vocabulary block of the head: 16 MB in float32; chosen
 BLOCK_POSITIONS = 4096  # label positions per block of logits
 _CHECKPOINT_LOGITS = 1 << 24  # logits (64 MB in float32) above which the backward pass recomputes them; chosen
 

@@ -30,7 +30,6 @@ from smidgen.kinds import Kind
 from smidgen.lookup import LookedUp
 from smidgen.loss import (
     IGNORE,
-    Head,
     Losses,
     PlainHead,
     Targets,
@@ -198,7 +197,7 @@ class Engine:
         Cost: one forward; memory of a forward without gradient, without the logits of unlabelled positions.
         """
         with torch.no_grad(), _evaluation_mode(self.model), self.displaced(probe, head=self._own_head):
-            return self._losses(batch, probe)
+            return self._losses(batch, self._probed_head(probe), head_nll)
 
     def choice_scores(self, batch: Batch, probe: Probe = ()) -> Tensor:
         """Logits of the batch's `choices` (or of the classes) for each row, [B, C] float32."""
@@ -208,7 +207,9 @@ class Engine:
             where = targets(batch["labels"], self.kind)
             hidden, logits = self._hidden(batch, where)
             choices = batch["choices"]
-            return choice_logits(hidden, choices, self._probed_head(probe)) if logits is None else logits[:, choices]
+            if logits is not None:
+                return logits[:, choices].float()
+            return choice_logits(hidden, choices, self._probed_head(probe))
 
     def call(self, loss: Callable[[], Tensor], probe: Probe = ()) -> Tensor:
         """Any loss of the model, called unchanged at theta + probe (a trainer's own `compute_loss`)."""
@@ -218,21 +219,11 @@ class Engine:
 
     def differentiable(self, batch: Batch) -> Losses:
         """The same losses with an autograd graph, in the model's present mode."""
-        if self.kind == "classification":
-            return _class_losses(self._forward(batch).logits, batch["labels"])
-        where = targets(batch["labels"], self.kind)
-        hidden, logits = self._hidden(batch, where)
-        size = batch["labels"].shape[0]
-        if logits is not None:
-            return self._from_logits(logits, where, batch, size)
-        assert isinstance(self._head, nn.Linear)
-        head = PlainHead(self._head.weight, self._head.bias)
-        if (choices := batch.get("choices")) is not None:
-            scores = choice_logits(hidden, choices, head)
-            return Losses(logits_nll(scores, choice_index(where.tokens, choices)), where.rows, size)
-        return Losses(head_nll_differentiable(hidden, where.tokens, head), where.rows, size)
+        head = None if not self._applies_head_itself() else PlainHead(self._head.weight, self._head.bias)  # type: ignore[union-attr,arg-type]
+        return self._losses(batch, head, head_nll_differentiable)
 
-    def _losses(self, batch: Batch, probe: Probe) -> Losses:
+    def _losses(self, batch: Batch, head: Any, nll: Callable[[Tensor, Tensor, Any], Tensor]) -> Losses:
+        """Losses through `head`, a `loss.Head`; it is not used where the model's own logits are."""
         if self.kind == "classification":
             return _class_losses(self._forward(batch).logits, batch["labels"])
         where = targets(batch["labels"], self.kind)
@@ -240,11 +231,10 @@ class Engine:
         size = batch["labels"].shape[0]
         if logits is not None:
             return self._from_logits(logits, where, batch, size)
-        head = self._probed_head(probe)
         if (choices := batch.get("choices")) is not None:
             scores = choice_logits(hidden, choices, head)
             return Losses(logits_nll(scores, choice_index(where.tokens, choices)), where.rows, size)
-        return Losses(head_nll(hidden, where.tokens, head), where.rows, size)
+        return Losses(nll(hidden, where.tokens, head), where.rows, size)
 
     @staticmethod
     def _from_logits(logits: Tensor, where: Targets, batch: Batch, size: int) -> Losses:
@@ -253,9 +243,8 @@ class Engine:
             logits, tokens = logits[:, choices], choice_index(tokens, choices)
         return Losses(logits_nll(logits, tokens), where.rows, size)
 
-    def _probed_head(self, probe: Probe) -> Head:
-        assert isinstance(self._head, nn.Linear)
-        return _ProbedHead(self, self._head, probe)
+    def _probed_head(self, probe: Probe) -> Any:
+        return _ProbedHead(self, self._head, probe) if self._applies_head_itself() else None  # type: ignore[arg-type]
 
     def _applies_head_itself(self) -> bool:
         return self._head is not None and not self._own_head

@@ -15,10 +15,10 @@ _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #667; --line: #d9dde5; --ground: #fff; --card: #f7f8fa }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #99a; --line: #394050; --ground: #171a21; --card: #fff } }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground) }
-body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1rem }
+body { max-width: 64rem; margin: 2.5rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem } p { color: var(--soft); margin: .2rem 0 1.4rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: .35rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { font-weight: 600; color: var(--soft) } th:first-child, td:first-child { text-align: left }
 figure { margin: 1.6rem 0; background: var(--card); border-radius: .5rem; padding: .8rem }
 svg { width: 100%; height: auto; display: block }
@@ -29,7 +29,7 @@ footer { color: var(--soft); font-size: .85rem; margin-top: 2rem }
 def page(title: str, records: Sequence[Record]) -> str:
     """The page. Each record needs before, dev, metric, peak_bytes, seconds, forwards, backwards, method, scheme, curve."""
     metric = records[0]["metric"]
-    heads = ("method", f"{metric} before", f"{metric} after", "peak memory", "forwards", "backwards", "time", "tuned weights")
+    heads = ("method", f"{metric} before", f"{metric} after", "peak memory", "forwards", "backwards", "time", "tuned")
     rows = [
         (
             _name(r),
@@ -86,7 +86,7 @@ def _plots(records: Sequence[Record], metric: str) -> str:
         curves.legend(frameon=False)
         unit = "accuracy on dev (%)" if metric == "accuracy" else "loss on dev (nats)"
         scatter.set(xlabel="peak memory (MiB)", ylabel=unit, title="memory against quality")
-        scatter.margins(0.25)
+        scatter.margins(0.3)
         if metric == "accuracy":
             start = 100 * records[0]["before"][metric]
             scatter.axhline(start, color="#999", linewidth=1, linestyle="--")

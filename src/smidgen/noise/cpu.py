@@ -327,11 +327,11 @@ def compile_kernel(sources: int) -> Any:
 
 
 @functools.cache
-def _kernel() -> tuple[Callable[[int], None], int]:
-    """The compiled kernel, as a function of the address of a call, and its own address."""
+def _kernel() -> tuple[Callable[[int], None], int, Any]:
+    """The compiled kernel as a function of the address of a call, its own address, and what keeps it in memory."""
     sources = b"".join(Path(inspect.getfile(module)).read_bytes() for module in (philox, lanes))
     compiled = compile_kernel(int.from_bytes(hashlib.sha256(sources).digest()[:8]) >> 2)
-    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(compiled.address), compiled.address
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(compiled.address), compiled.address, compiled
 
 
 @functools.cache
@@ -396,7 +396,7 @@ def apply_(
         call.extend(address.words)
         call.append(scale)
     place, _ = call.buffer_info()
-    run, function = _kernel()
+    run, function, _ = _kernel()
     if threads > 1 and (enter := _team()) is not None:
         enter(function, place, threads, 0)
     else:
