@@ -27,10 +27,10 @@ from smidgen import noise
 SCALE = 1e-6
 
 
-def sides(count: int) -> dict[str, Callable[[], object]]:
+def sides(count: int, device: str) -> dict[str, Callable[[], object]]:
     """The passes that are compared, by name. Each works on all `count` weights."""
-    generator = torch.Generator().manual_seed(0)
-    w32, x32 = (torch.randn(count, generator=generator) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    w32, x32 = (torch.randn(count, generator=generator, device=device) for _ in range(2))
     w16, x16 = w32.bfloat16(), x32.bfloat16()
     z = torch.empty_like(w32)
     terms = [(noise.Address(1, 2, 3, 4, noise.PROBE), SCALE)]
@@ -64,16 +64,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=125_000_000, help="weights")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     count, repeats = (1_000_000, 3) if args.quick else (args.count, args.repeats)
 
-    passes = sides(count)
+    passes = sides(count, args.device)
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in passes}
     for repeat in range(repeats + 1):  # the first compiles and touches the memory
         for name, run in passes.items():
+            wait()
             began = time.perf_counter()
             run()
+            wait()
             if repeat:
                 times[name].append(time.perf_counter() - began)
     seconds = {name: statistics.median(values) for name, values in times.items()}
@@ -81,7 +85,7 @@ def main() -> None:
         print(f"{name:<32} {median * 1e3:9.2f} ms {median / count * 1e9:8.3f} ns a weight")
 
     # A call on a small tensor: what a training step pays for each of its hundreds of biases and norms.
-    small = torch.zeros(768)
+    small = torch.zeros(768, device=args.device)
     terms, at = [(noise.Address(1, 2, 3, 4, noise.PROBE), SCALE)], noise.Address(1, 2, 3, 0, noise.ROUND)
     calls = []
     for _ in range(20):
@@ -102,7 +106,7 @@ def main() -> None:
         "microseconds_per_small_call": statistics.median(calls) * 1e6,
     }
     goals = {"rademacher_over_axpy": ("<=", 3.0), "gaussian_speedup": (">=", 2.0)}
-    emit("noise", figures, goals, {"weights": count, "repeats": repeats})
+    emit("noise", figures, goals, {"weights": count, "repeats": repeats, "on": args.device})
 
 
 if __name__ == "__main__":
