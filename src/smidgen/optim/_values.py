@@ -44,7 +44,7 @@ class RunningRMS:
 def smallest_eps(view: ParamView) -> float:
     """The smallest eps at which at most 5 % of the entries of any tuned tensor stand still under w -> w + eps.
 
-    An entry moves when eps is at least half the spacing of its dtype around it. Looks at up to 65,536 entries a tensor.
+    An entry moves when eps is above half the spacing of its dtype around it. Looks at up to 65,536 entries a tensor.
     """
     worst = 0.0
     for entry in view:
