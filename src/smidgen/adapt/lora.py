@@ -46,7 +46,7 @@ class LoRA:
     def __init__(self, model: nn.Module, config: Config, seed: int, fresh: Sequence[str]):
         import peft
 
-        heads = sorted({name.partition(".")[0] for name in fresh})
+        heads = _new_modules(model, set(fresh))
         options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
         if heads:
             options["modules_to_save"] = heads
@@ -75,6 +75,17 @@ class LoRA:
     def merged(self) -> nn.Module:
         """A copy of the base model with the product merged in; costs one copy of the model."""
         return copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
+
+
+def _new_modules(model: nn.Module, fresh: set[str]) -> list[str]:
+    """The outermost modules all of whose tensors are fresh: a new head, a new pooler."""
+    found: list[str] = []
+    for prefix, module in model.named_modules():
+        names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
+        inside = any(prefix.startswith(outer + ".") for outer in found)
+        if prefix and names and not inside and fresh.issuperset(names):
+            found.append(prefix)
+    return found
 
 
 def build(model: nn.Module, config: Config, *, seed: int = 0, fresh: Sequence[str] = ()) -> LoRA:
