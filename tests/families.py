@@ -93,7 +93,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     ),
     "gemma2": (  # soft-caps its logits after the head
         "causal",
-        lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_LLAMA, head_dim=8, final_logit_softcapping=0.05)),
+        lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_LLAMA, head_dim=8, final_logit_softcapping=30.0)),
     ),
     "mixtral": (
         "causal",

@@ -143,6 +143,18 @@ def test_logits_exist_only_at_label_positions():
     assert losses.nll.numel() == int((data["labels"][:, 1:] != -100).sum())
 
 
+def test_a_soft_cap_above_ordinary_logits_is_noticed():
+    kind, model = make("gemma2")
+    engine = engine_of(model, kind)
+    data = batch(kind)
+    losses = engine.losses(data)  # the first batch is the self-check
+    assert engine._own_head
+    assert torch.allclose(mean(losses).float(), own_loss(model, data), atol=1e-6)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(500.0)  # now the cap bends the logits
+    assert torch.allclose(mean(engine.losses(data)).float(), own_loss(model, data), atol=1e-5)
+
+
 def test_readers_of_hard_cases():
     kind, model = make("mixtral")
     engine = engine_of(model, kind)

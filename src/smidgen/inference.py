@@ -69,7 +69,6 @@ def evaluate_folder(
         collator=collator,
         batch_size=batch_size or config.train.per_device_eval_batch_size,
     )
-    engine.check_batch(measured.collator(measured.rows[:2]))
     found: dict[str, Any] = {"model": name, "data": corpus.name, "split": split, "rows": len(measured.rows), **measured(engine)}
     if match:
         found["exact_match"] = _exact(engine, loaded, corpus.examples(split))

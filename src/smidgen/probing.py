@@ -47,6 +47,8 @@ log = logging.getLogger("smidgen")
 
 Batch = dict[str, Any]
 
+_LARGE = 64.0  # hidden states times this show a soft cap that ordinary ones stay below
+
 
 class _ProbedHead:
     """The output head at theta + probe; a tuned weight is displaced block by block in scratch."""
@@ -90,8 +92,8 @@ class _ProbedHead:
 class Engine:
     """Sequential probing of one model.
 
-    `kind` decides how labels meet logits (see `smidgen.loss`). `losses(batch, probe)` is the only evaluation;
-    `forwards` counts them. Call `check(run)` once, with a real batch, before the first probe.
+    `kind` decides how labels meet logits (see `smidgen.loss`). `forwards` counts evaluations. The first batch that an
+    engine sees is used for the self-check; a trainer's own loss (`call`) has to be given to `check` before.
     """
 
     def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal"):
@@ -106,6 +108,7 @@ class Engine:
         self._head = _output_head(model) if kind != "classification" else None
         self._own_head = self._head is not None and not isinstance(self._head, nn.Linear)
         self.readers = Readers(model, view)
+        self._checked = False
 
     def entry_of(self, parameter: Tensor) -> Entry | None:
         """The view's entry of a parameter, or None when it is frozen."""
@@ -196,11 +199,13 @@ class Engine:
 
         Cost: one forward; memory of a forward without gradient, without the logits of unlabelled positions.
         """
+        self._check_once(batch)
         with torch.no_grad(), _evaluation_mode(self.model), self.displaced(probe, head=self._own_head):
             return self._losses(batch, self._probed_head(probe), head_nll)
 
     def choice_scores(self, batch: Batch, probe: Probe = ()) -> Tensor:
         """Logits of the batch's `choices` (or of the classes) for each row, [B, C] float32."""
+        self._check_once(batch)
         with torch.no_grad(), _evaluation_mode(self.model), self.displaced(probe, head=self._own_head):
             if self.kind == "classification":
                 return self._forward(batch).logits.float()
@@ -219,6 +224,7 @@ class Engine:
 
     def differentiable(self, batch: Batch) -> Losses:
         """The same losses with an autograd graph, in the model's present mode."""
+        self._check_once(batch)
         head = None if not self._applies_head_itself() else PlainHead(self._head.weight, self._head.bias)  # type: ignore[union-attr,arg-type]
         return self._losses(batch, head, head_nll_differentiable)
 
@@ -249,7 +255,7 @@ class Engine:
     def _applies_head_itself(self) -> bool:
         return self._head is not None and not self._own_head
 
-    def _hidden(self, batch: Batch, where: Targets) -> tuple[Tensor, Tensor | None]:
+    def _hidden(self, batch: Batch, where: Targets, *, factor: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Run the trunk; (hidden states at label positions [n, H], None), or (-, the model's own logits [n, V])."""
         caught: list[Tensor] = []
         handle = None
@@ -258,7 +264,7 @@ class Engine:
             def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 picked = args[0][where.keep]
                 caught.append(picked)
-                return (picked[None] if self._own_head else args[0][:, :0], *args[1:])
+                return (picked[None] * factor if self._own_head else args[0][:, :0], *args[1:])
 
             handle = self._head.register_forward_pre_hook(tap)
         try:
@@ -290,12 +296,17 @@ class Engine:
             self.readers.locate(run)
         self.forwards, self.tokens = counts
 
+    def _check_once(self, batch: Batch) -> None:
+        if not self._checked:
+            self.check_batch(batch)
+
     def check_batch(self, batch: Batch) -> None:
         """`check` with this engine's own loss, and a test that the head's output is what the model makes of it.
 
         A model that post-processes its logits (soft capping, scaling) keeps its own head, applied to the label
         positions only; one line says so.
         """
+        self._checked = True
         few, counts = _few(batch), (self.forwards, self.tokens)
         if self.kind == "classification":
             self.check(lambda: self._forward(few))
@@ -306,9 +317,9 @@ class Engine:
             with torch.no_grad(), _evaluation_mode(self.model):
                 hidden, unused = self._hidden(few, where)
                 if unused is None:
-                    ours = F.linear(hidden, self._head.weight, self._head.bias)  # type: ignore[union-attr,arg-type]
+                    ours = F.linear(hidden * _LARGE, self._head.weight, self._head.bias)  # type: ignore[union-attr,arg-type]
                     self._own_head = True
-                    _, theirs = self._hidden(few, where)
+                    _, theirs = self._hidden(few, where, factor=_LARGE)
                     self._own_head = theirs is None or not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
             if self._own_head:
                 log.warning("the model changes the logits after its head: the head is run whole, on label positions only")

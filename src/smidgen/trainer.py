@@ -232,9 +232,6 @@ class ForwardOnlyMixin:
         engine = self.engine
         assert engine is not None
         if self.own_loss:
-            if not self._checked and not self.backward:
-                engine.check_batch(batches[0])
-            self._checked = True
             inner: ModelObjective | CalledObjective = ModelObjective(engine, batches)
         else:
             scaled = items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)  # type: ignore[attr-defined]
