@@ -68,7 +68,7 @@ def _figure(metric: str, value: float) -> str:
 
 
 def _plots(records: Sequence[Record], metric: str) -> str:
-    """Loss against forward-equivalents and against seconds' share, and memory against the metric, as inline SVG."""
+    """Loss against seconds, and memory against the metric, as inline SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -157,6 +157,8 @@ class _Report(transformers.TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = {k: v for k, v in (logs or {}).items() if k != "total_flos"}
+        if "loss" in logs:
+            logs["mem/peak_mb"] = round(memory.peak() / 2**20, 1)
         folders.append_metrics(self.folder, {"step": state.global_step, **logs})
         if "loss" in logs or any(k.startswith("eval_") for k in logs):
             self.say(f"step {state.global_step}/{state.max_steps}  " + line(logs))
