@@ -18,7 +18,7 @@ LAYERS = [
     "config embedded fingerprint",
     "config_file",
     "noise tasks folder signals",
-    "memory directions kinds rows chat",
+    "memory directions kinds linear rows chat",
     "params splits drafts",
     "data encode collate loss",
     "adapt activations models",

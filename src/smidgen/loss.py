@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from smidgen.kinds import Kind
+from smidgen.linear import linear
 
 IGNORE = -100  # the label of a position without loss, as in transformers
 
@@ -95,7 +96,7 @@ def head_nll(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
         weight, bias = head.block(first, stop)
         for lo in range(0, n, BLOCK_POSITIONS):
             at = slice(lo, lo + BLOCK_POSITIONS)
-            logits = F.linear(hidden[at], weight, bias).float()
+            logits = linear(hidden[at], weight, bias).float()
             index = tokens[at] - first
             inside = (index >= 0) & (index < stop - first)
             value = logits.gather(1, index.clamp(0, stop - first - 1)[:, None])[:, 0]
@@ -126,7 +127,7 @@ def head_nll_differentiable(hidden: Tensor, tokens: Tensor, head: PlainHead) -> 
 def choice_logits(hidden: Tensor, choices: Tensor, head: Head) -> Tensor:
     """Logits of a few tokens only. hidden [n, H], choices [C] token ids -> [n, C] float32."""
     weight, bias = head.gather(choices)
-    return F.linear(hidden, weight, bias).float()
+    return linear(hidden, weight, bias).float()
 
 
 def choice_index(tokens: Tensor, choices: Tensor) -> Tensor:

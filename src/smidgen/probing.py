@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from smidgen.directions import Probe, displace, displace_rows, restrict
 from smidgen.kinds import Kind
+from smidgen.linear import fast, layers
 from smidgen.lookup import LookedUp
 from smidgen.loss import (
     IGNORE,
@@ -109,6 +110,7 @@ class Engine:
         self._own_head = self._head is not None and not isinstance(self._head, nn.Linear)
         self.readers = Readers(model, view)
         self._checked = False
+        self._linear = layers(model)
 
     def entry_of(self, parameter: Tensor) -> Entry | None:
         """The view's entry of a parameter, or None when it is frozen."""
@@ -200,13 +202,19 @@ class Engine:
         Cost: one forward; memory of a forward without gradient, without the logits of unlabelled positions.
         """
         self._check_once(batch)
-        with torch.no_grad(), _evaluation_mode(self.model), self.displaced(probe, head=self._own_head):
+        with self._evaluating(), self.displaced(probe, head=self._own_head):
             return self._losses(batch, self._probed_head(probe), head_nll)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """No gradient, dropout off, fast linear layers."""
+        with torch.no_grad(), _evaluation_mode(self.model), fast(self._linear):
+            yield
 
     def choice_scores(self, batch: Batch, probe: Probe = ()) -> Tensor:
         """Logits of the batch's `choices` (or of the classes) for each row, [B, C] float32."""
         self._check_once(batch)
-        with torch.no_grad(), _evaluation_mode(self.model), self.displaced(probe, head=self._own_head):
+        with self._evaluating(), self.displaced(probe, head=self._own_head):
             if self.kind == "classification":
                 return self._forward(batch).logits.float()
             where = targets(batch["labels"], self.kind)

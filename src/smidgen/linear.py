@@ -1,0 +1,59 @@
+"""float32 linear layers on a CPU through oneDNN, for evaluations without gradient.
+
+torch multiplies float32 matrices on a CPU with MKL, which is slow on processors that are not Intel's: 180 GFLOP/s on two
+Zen 5 cores, where oneDNN, which torch carries as well, reaches 400 (docs/decisions.md). Both are float32 throughout; the
+last bits differ. The rule depends on shapes and dtypes alone, so the same model evaluated twice uses the same kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SMALLEST = 1 << 21  # multiplications below which F.linear is as fast; measured at 128 x 128 x 128
+
+
+@functools.cache
+def _available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, as F.linear; x [..., D], weight [O, D]."""
+    if (
+        x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= SMALLEST
+        and x.device.type == "cpu"
+        and weight.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and _available()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
+
+
+def layers(model: nn.Module) -> list[nn.Linear]:
+    """The plain linear layers of a model, whose forward nobody has replaced."""
+    return [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
+
+
+@contextlib.contextmanager
+def fast(modules: Sequence[nn.Linear]) -> Iterator[None]:
+    """Inside this context the given layers multiply with `linear`."""
+    try:
+        for module in modules:
+            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
