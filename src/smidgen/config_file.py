@@ -315,7 +315,7 @@ def _yaml() -> _Yaml:
     )
 
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
     for tag, pattern, first in rules:
         letters = ["" if letter == "\0" else letter for letter in first]
