@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from _record import emit
 
+from _record import emit
 from smidgen import journal
 from smidgen.objective import ModelObjective, Recorded, Replayed
 from smidgen.optim.zo_sgd import ZOSGD

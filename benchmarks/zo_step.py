@@ -20,8 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from _record import emit
 from torch import Tensor, nn
+
+from _record import emit
 
 EPS, LR = 1e-3, 1e-6
 
