@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SMALLEST = 1 << 21  # multiplications below which F.linear is as fast; measured at 128 x 128 x 128
+# Multiplications below which F.linear is kept. oneDNN is faster from 2^21 on, but compiles a primitive for every shape, and the
+# ragged batches of a small model have hundreds of shapes: 64 MiB for the embedded model, ten times its weights (measured).
+SMALLEST = 1 << 27
 
 
 @functools.cache
