@@ -12,7 +12,6 @@ once, so that a ragged accumulated batch equals the whole batch. Weight = label 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Protocol
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.directions import Probe, displace, restrict
+from smidgen.loss import targets
 from smidgen.params import ParamView
 from smidgen.probing import Batch, Engine
 
@@ -80,7 +80,7 @@ class ModelObjective:
         mode = model.training
         model.train()
         try:
-            weight = sum(int(_labels(batch, self.engine)) for batch in self.batches)
+            weight = sum(_labels(batch, self.engine) for batch in self.batches)
             total = 0.0
             for batch in self.batches:
                 loss = self.engine.differentiable(batch).nll.sum()
@@ -95,11 +95,10 @@ class ModelObjective:
 
 
 def _labels(batch: Batch, engine: Engine) -> int:
-    """Number of labels that carry loss in a batch."""
-    from smidgen.loss import targets
-
+    """Number of labels that carry loss in a batch: tokens, or rows where a row has one label."""
     labels = batch["labels"]
-    return labels.shape[0] if engine.kind == "classification" else targets(labels, engine.kind).tokens.numel()
+    rows = engine.kind == "classification" or labels.ndim == 1
+    return labels.shape[0] if rows else targets(labels, engine.kind).tokens.numel()
 
 
 class CalledObjective:
@@ -124,7 +123,7 @@ class CalledObjective:
         for p, probe in enumerate(probes):
             for batch in self.batches:
                 value = self.engine.call(functools.partial(self.loss, batch), probe).double().cpu().item()
-                weight = float(_items(batch)) if not self.scaled else 1.0 / len(self.batches)
+                weight = float(_labels(batch, self.engine)) if not self.scaled else 1.0 / len(self.batches)
                 totals[p] += value * weight if not self.scaled else value
                 weights[p] += weight
         return totals, weights
@@ -135,11 +134,6 @@ class CalledObjective:
 
     def backward(self, names: Iterable[str] | None = None) -> float:
         raise ValueError("use the trainer itself for methods with back-propagation")
-
-
-def _items(batch: Batch) -> int:
-    labels = batch["labels"]
-    return int((labels[:, 1:] != -100).sum()) if labels.ndim == 2 else labels.shape[0]
 
 
 class ClosureObjective:
@@ -157,7 +151,7 @@ class ClosureObjective:
         if each:
             raise ValueError("a closure has no per-example losses; give the optimizer an Objective")
         values = torch.empty(len(probes), dtype=torch.float64)
-        saved = {e.name: e.storage.clone() for e in self.view}
+        saved = self.view.snapshot()
         try:
             for p, probe in enumerate(probes):
                 for entry in self.view:
@@ -250,7 +244,7 @@ class Reduced:
         else:
             parts = [torch.empty_like(pair) for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather(parts, pair)
-            pair = torch.stack(parts).sum(0) if len(parts) == 1 else _add_in_order(parts)
+            pair = _add_in_order(parts)
         return pair[0] / pair[1]
 
     def backward(self, names: Iterable[str] | None = None) -> float:
@@ -277,8 +271,3 @@ def as_objective(question: Objective | Callable[[], Tensor | float], view: Param
     if not callable(question) or isinstance(question, nn.Module):
         raise ValueError(f"step() wants an Objective or a function without arguments, not {type(question).__name__}")
     return ClosureObjective(question, view)
-
-
-def finite(values: Iterable[float]) -> bool:
-    """Whether all values are finite."""
-    return all(math.isfinite(v) for v in values)

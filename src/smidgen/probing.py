@@ -243,18 +243,13 @@ class Engine:
         where = targets(batch["labels"], self.kind)
         hidden, logits = self._hidden(batch, where)
         size = batch["labels"].shape[0]
-        if logits is not None:
-            return self._from_logits(logits, where, batch, size)
-        if (choices := batch.get("choices")) is not None:
-            scores = choice_logits(hidden, choices, head)
-            return Losses(logits_nll(scores, choice_index(where.tokens, choices)), where.rows, size)
-        return Losses(nll(hidden, where.tokens, head), where.rows, size)
-
-    @staticmethod
-    def _from_logits(logits: Tensor, where: Targets, batch: Batch, size: int) -> Losses:
-        tokens = where.tokens
-        if (choices := batch.get("choices")) is not None:
-            logits, tokens = logits[:, choices], choice_index(tokens, choices)
+        choices, tokens = batch.get("choices"), where.tokens
+        if logits is None and choices is None:
+            return Losses(nll(hidden, tokens, head), where.rows, size)
+        if choices is not None:
+            logits = choice_logits(hidden, choices, head) if logits is None else logits[:, choices]
+            tokens = choice_index(tokens, choices)
+        assert logits is not None
         return Losses(logits_nll(logits, tokens), where.rows, size)
 
     def _probed_head(self, probe: Probe) -> Any:
