@@ -124,10 +124,11 @@ def _explained(config: RunConfig, folder: Path) -> Any:
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise MemoryRefused(_out_of_memory(config, error)) from error
         except RuntimeError as error:
-            if "not enough memory" not in str(error) and "No space left" not in str(error):
-                raise
-            kind: type[UserError] = MemoryRefused if "memory" in str(error) else UserError
-            raise kind(_out_of_memory(config, error) if kind is MemoryRefused else str(error)) from error
+            if "not enough memory" in str(error):
+                raise MemoryRefused(_out_of_memory(config, error)) from error
+            if "No space left" in str(error):
+                raise UserError(str(error)) from error
+            raise
     except UserError as error:
         status = {4: "diverged", 75: "interrupted"}.get(error.exit_code, "failed")
         with contextlib.suppress(OSError):

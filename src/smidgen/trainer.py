@@ -276,13 +276,13 @@ def _default_lr() -> float:
 
 def _checkpoint(folder: Path, steps: int, wanted: Path | None) -> str | None:
     """The last whole checkpoint that the journal reaches, or the one that was asked for, or None for the start."""
+    if wanted is not None:
+        return str(wanted)
     found = {}
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
         if number.isdigit() and (path / "trainer_state.json").exists() and not (path / "checkpoint-is-incomplete.txt").exists():
             found[int(number)] = path
-    if wanted is not None:
-        return str(wanted)
     usable = [n for n in found if n <= steps]
     return str(found[max(usable)]) if usable else None
 
