@@ -14,9 +14,14 @@ import torch
 _COMPARE = {">=": operator.ge, "<=": operator.le}
 
 
-def emit(name: str, figures: Mapping[str, float], goals: Mapping[str, tuple[str, float]], setting: Mapping[str, Any]) -> None:
-    """Print the record. goals: figure -> (">=" or "<=", number); a goal missed is a figure, not an error."""
-    rounded = {key: float(f"{value:.4g}") for key, value in figures.items()}
+def emit(
+    name: str, figures: Mapping[str, float], goals: Mapping[str, tuple[str, float]], setting: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Print the record and return it; whole numbers stay exact, others have four digits.
+
+    goals: figure -> (">=" or "<=", number); a goal missed is a figure, not an error.
+    """
+    rounded = {key: value if isinstance(value, int) else float(f"{value:.4g}") for key, value in figures.items()}
     record = {
         "name": name,
         "figures": rounded,
@@ -25,6 +30,7 @@ def emit(name: str, figures: Mapping[str, float], goals: Mapping[str, tuple[str,
         "setting": {**setting, **machine()},
     }
     print(json.dumps(record))
+    return record
 
 
 def machine() -> dict[str, Any]:

@@ -84,11 +84,46 @@ def formats(package: ModuleType) -> str:
     return head + "\n" + table(("scheme", *(f"`{form}`" for form in columns)), rows)
 
 
+def grid(values: Sequence[float]) -> str:
+    """A published grid, with the values in its order."""
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def published() -> str:
+    """Published presets, one row for the tasks (of MeZO), or the schemes, that share everything; the sources below."""
+    from smidgen import presets
+
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for preset in presets.of_method():
+        parts = preset.name.split("/")
+        shared = 2 if len(parts) == 4 else 4  # the part of the name that is listed with commas
+        run = preset.keys
+        row = (
+            "/".join([*parts[:shared], "{}", *parts[shared + 1 :]]),
+            preset.method,
+            *(f"{preset.options[key]:g}" if key in preset.options else "-" for key in ("lr", "eps")),
+            str(run["train.per_device_train_batch_size"]),
+            f"{run['train.max_steps']:,}" if "train.max_steps" in run else f"{run['train.num_train_epochs']} epochs",
+            *(grid(preset.grid.get(key, ())) for key in ("lr", "eps")),
+        )
+        rows.setdefault(row, []).append(parts[shared])
+    lines = [(f"`{name.format(','.join(words))}`", *cells) for (name, *cells), words in rows.items()]
+    sources = sorted({(preset.name.partition("/")[0], preset.source) for preset in presets.of_method()})
+    head = """## Published presets
+
+Settings that papers and their code publish, by name: `smidgen train --preset mezo/opt-13b/sst2/full` fills in method, scheme,
+task, learning rate, eps, batch, steps and rows where you do not give them. Parts listed with commas stand for one name each.
+Where a grid was published, a preset takes one of its values; `smidgen.presets` says which.
+"""
+    columns = ("name", "method", "lr", "eps", "batch", "steps", "grid of lr", "grid of eps")
+    return "\n".join([head, table(columns, lines), *(f"- `{study}`: {source}" for study, source in sources), ""])
+
+
 def page() -> str:
     """The whole of docs/methods.md."""
     from smidgen import adapt, optim
 
-    return "\n".join([HEAD, family("Methods", optim), family("Schemes", adapt), formats(adapt)])
+    return "\n".join([HEAD, family("Methods", optim), family("Schemes", adapt), formats(adapt), published()])
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ def run_tests(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess
 def contract(folder: Path, source: str) -> subprocess.CompletedProcess[str]:
     """The contract suite over a folder that holds `source` as its only method."""
     folder.mkdir()
-    (folder / "zo_sign.py").write_text(source)
+    (folder / "zo_unit.py").write_text(source)
     return run_tests(ROOT / "tests" / "contract" / "test_contract.py", SMIDGEN_CONTRACT_METHODS=str(folder))
 
 
@@ -55,16 +55,16 @@ def test_a_step_along_other_noise_fails_the_contract(example, tmp_path):
     assert example[0].count(right) == 1
     done = contract(tmp_path / "methods", example[0].replace(right, wrong))
     assert done.returncode == 1, done.stdout[-4000:]
-    assert "FAILED" in done.stdout and "test_update_lies_along_the_probed_directions[zo_sign]" in done.stdout
+    assert "FAILED" in done.stdout and "test_update_lies_along_the_probed_directions[zo_unit]" in done.stdout
 
 
 def test_the_example_passes_its_own_test(example, tmp_path):
     """With the method's file in the folder of methods, where the package finds it by listing."""
     method, test = example
     (tmp_path / "methods").mkdir()
-    (tmp_path / "methods" / "zo_sign.py").write_text(method)
+    (tmp_path / "methods" / "zo_unit.py").write_text(method)
     (tmp_path / "conftest.py").write_text(ADD_FOLDER.format(folder=str(tmp_path / "methods")))
-    (tmp_path / "test_zo_sign.py").write_text(test)
+    (tmp_path / "test_zo_unit.py").write_text(test)
     done = run_tests("--rootdir", tmp_path, tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "1 passed" in done.stdout

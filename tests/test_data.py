@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
+from smidgen import tasks
 from smidgen.config import ConfigError, DataError, Source
 from smidgen.config_file import load
 from smidgen.data import Corpus, open_corpus, to_examples
 from smidgen.encode import encode
 from smidgen.rows import read_rows
+from smidgen.splits import draw
 from smidgen.tasks import Example
-from texts import CHATML, rows, shared, write
+from texts import CHATML, byte_tokenizer, rows, shared, write
 
 
 def corpus_of(*overrides: str, notify: Any = lambda line: None) -> Corpus:
@@ -85,6 +87,85 @@ def test_corpus_errors(tmp_path):
         corpus_of("task=reviws")
 
 
+# -- a benchmark's rows
+
+
+def test_benchmark_split_has_the_published_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks.get("sst2"), "SIZES", (20, 10, 5))
+    write(tmp_path / "train.jsonl", *({"sentence": f"t{i}", "label": i % 2} for i in range(60)))
+    write(tmp_path / "validation.jsonl", *({"sentence": f"v{i}", "label": i % 2} for i in range(8)))
+    write(tmp_path / "test.jsonl", {"sentence": "u", "label": -1})
+    lines: list[str] = []
+
+    def drawn(*overrides: str) -> list[list[str]]:
+        corpus = corpus_of("task=sst2", f"data={tmp_path}", "benchmark_split=true", *overrides, notify=lines.append)
+        assert corpus.has("test")
+        return [[example.prompt for example in corpus.examples(split)] for split in ("train", "dev", "test")]
+
+    train, dev, test = drawn()
+    assert (len(train), len(dev), len(test)) == (20, 10, 5)
+    assert not set(train) & set(dev) and all(p.startswith("t") for p in train + dev) and all(p.startswith("v") for p in test)
+    assert "20 rows to train on and 10 dev rows, drawn from 60 training rows" in lines
+    assert "the test rows are 5 of the 8 validation rows" in lines
+    assert drawn() == [train, dev, test]
+    other = drawn("seed=1")
+    assert other[0] != train and other[1] != dev and other[2] == test  # every seed is tested on the same rows
+    assert [len(part) for part in drawn("train_rows=4", "dev_rows=3", "test_rows=2")] == [4, 3, 2]
+    monkeypatch.setattr(tasks.get("sst2"), "SIZES", (54, 500, 5))
+    lines.clear()
+    assert [len(part) for part in drawn()] == [6, 54, 5]
+    assert "6 rows to train on and 54 dev rows, drawn from 60 training rows, fewer than the published 54 and 500" in lines
+
+
+def test_equal_rows_are_in_one_part_only():
+    records = rows(*({"text": f"t{i % 7}"} for i in range(70)))
+    for seed in range(5):
+        train, dev = draw(records, 25, 25, seed)
+        assert len(train) == 25 and not {row["text"] for row in train} & {row["text"] for row in dev}
+
+
+def test_benchmark_split_errors(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "a", "label": 0}, {"text": "b", "label": 1})
+    with pytest.raises(ConfigError, match="no numbers of rows are published for 'labelled': ag_news, boolq"):
+        corpus_of(f"data={path}", "benchmark_split=true")
+    with pytest.raises(ConfigError, match="both say what the dev rows are"):
+        corpus_of("task=sst2", f"data={path}", f"eval_data={path}", "benchmark_split=true")
+    free = write(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"})
+    with pytest.raises(ConfigError, match="benchmark_split is for tasks"):
+        corpus_of(f"data={free}", "benchmark_split=true")
+
+
+def test_test_rows_without_answers_are_no_test_split(tmp_path):
+    write(tmp_path / "train.jsonl", {"sentence": "a", "label": 0})
+    write(tmp_path / "validation.jsonl", {"sentence": "a", "label": 0})
+    hidden = write(tmp_path / "test.jsonl", {"sentence": "u", "label": -1}, {"sentence": "w", "label": -1})
+    lines: list[str] = []
+    assert not corpus_of("task=sst2", f"data={tmp_path}", notify=lines.append).has("test")
+    assert lines == ["sst2: the test rows have no answers and are left out"]
+    write(hidden, {"sentence": "u", "label": 1})
+    assert corpus_of("task=sst2", f"data={tmp_path}").has("test")
+
+
+# -- conversations around prompts
+
+
+def test_chat_wraps_a_tasks_prompts(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"sentence": "fine", "label": 1}, {"sentence": "bad", "label": 0})
+    corpus = corpus_of("task=sst2", f"data={path}", f"eval_data={path}", "chat=vicuna")
+    (first, _) = corpus.examples("train")
+    assert first.prompt.endswith("answers to the user's questions. USER: fine It was ASSISTANT:") and first.answer == " great"
+    model = corpus_of("task=sst2", f"data={path}", f"eval_data={path}", "chat=model")
+    turned = model.examples("train", "causal", byte_tokenizer(chat=CHATML))[0]
+    assert turned.prompt == "<|im_start|>user\nfine It was<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ConfigError, match="no chat template"):
+        model.examples("train", "causal", byte_tokenizer())
+    with pytest.raises(ConfigError, match="a masked model has no conversations"):
+        model.examples("train", "masked", byte_tokenizer())
+    turns = write(tmp_path / "b.jsonl", {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]})
+    with pytest.raises(ConfigError, match="are conversations already"):
+        corpus_of(f"data={turns}", f"eval_data={turns}", "chat=vicuna").examples("train")
+
+
 # -- columns
 
 
@@ -151,7 +232,7 @@ def test_shared_sets(name, words):
 
     tokenizer = AutoTokenizer.from_pretrained(shared("models", "gpt2-tokenizer"))
     tokenizer.chat_template = CHATML
-    overrides = ["task=sst2"] if name == "sst2" else []
+    overrides = [f"task={name}"] if name in tasks.names() else []
     corpus = corpus_of(f"data={shared('data', name)}", *overrides)
     assert (len(corpus.words) if corpus.words else None) == words
     encoded = encode(corpus.examples("train")[:200], tokenizer, "causal")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smidgen.chat import Chat
+from smidgen.chat import Chat, as_turn
 from smidgen.config import ConfigError, DataError
 from smidgen.encode import choose_max_length, describe, encode, encode_options, encode_prompts
 from smidgen.tasks import Example
@@ -339,3 +339,146 @@ def test_real_bert_words():
     encoded = encode([labelled("a fine film . It was", 1)], tokenizer, "masked", 32)
     assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] a fine film. it was [MASK]. [SEP]"
     assert tokenizer.convert_ids_to_tokens(list(encoded.choices)) == ["terrible", "great"]
+
+
+# -- passages
+
+
+def spread(passage: str, question: str, suffix: str = "") -> Example:
+    """A row whose passage stands at the left of its question."""
+    prompt = f"{passage} {question}"
+    return Example(prompt, " great", suffix, (" terrible", " great"), 1, (), (), (), (0, len(passage)))
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(bos=True), byte_tokenizer()], ids=["start", "no start"])
+def test_a_long_row_loses_the_left_of_its_passage(tokenizer):
+    example = spread("the film was fine . a story of one day and", "What is It")
+    whole = encode([example], tokenizer, "causal", 64)[0]["input_ids"]
+    head = 1 if whole[0] == tokenizer.bos_token_id else 0
+    least = head + len(tokenizer(" What is It great", add_special_tokens=False)["input_ids"])
+    for limit in range(least, len(whole)):
+        encoded = encode([example], tokenizer, "causal", limit)
+        assert encoded[0]["input_ids"] == whole[:head] + whole[head + len(whole) - limit :]
+        assert answer_of(encoded[0], tokenizer) == " great"
+        assert encoded.notices == [f"1 of 1 rows: longer than {limit} tokens, the left of the passage is cut"]
+    with pytest.raises(DataError, match=f"example 1 needs {least} tokens without its passage, and a row has {least - 1}"):
+        encode([example], tokenizer, "causal", least - 1)
+    with pytest.raises(DataError, match="without its passage"):
+        encode_prompts([example], tokenizer, "causal", least - 2)
+    prompt = encode_prompts([example], tokenizer, "causal", least - 1)[0]["input_ids"]
+    assert tokenizer.decode(prompt, skip_special_tokens=True) == " What is It"
+
+
+def test_a_chosen_length_holds_the_longest_question():
+    tokenizer = byte_tokenizer(bos=True)
+    rows = [labelled("the film was", 1)] * 39 + [Example("What is It a story of one day", " great", passage=(0, 0))]
+    encoded = encode(rows, tokenizer, "causal")
+    assert len(encoded[39]["input_ids"]) == encoded.max_length == max(encoded.lengths) > len(encoded[0]["input_ids"])
+    with pytest.raises(DataError, match="example 40 needs"):
+        encode(rows, tokenizer, "causal", context=6)
+
+
+def test_options_keep_their_question():
+    tokenizer = byte_tokenizer(bos=True)
+    words = (" great", " terrible story of one day")
+    example = Example("the film was fine . What is", words[0], "", words, 0, passage=(0, len("the film was fine .")))
+    whole = encode_options([example], tokenizer, "causal", 64)
+    limit = max(whole.lengths) - 3
+    encoded = encode_options([example], tokenizer, "causal", limit)
+    for full, row, word in zip(whole, encoded, words, strict=True):
+        assert row["input_ids"] == [full["input_ids"][0], *full["input_ids"][4:]] and answer_of(row, tokenizer) == word
+    with pytest.raises(DataError, match="without its passage"):
+        encode_options([example], tokenizer, "causal", max(whole.lengths) - 6)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(framed=True), word_tokenizer()], ids=["roberta", "bert"])
+def test_a_masked_pair_keeps_mask_and_second_sentence(tokenizer):
+    example = spread("the film was fine a story of one day", "What", " , It was bad")
+    whole = encode([example], tokenizer, "masked", 64)[0]["input_ids"]
+    cut = encode([example], tokenizer, "masked", len(whole) - 5)[0]
+    assert cut["input_ids"] == whole[:1] + whole[6:] and cut["input_ids"].count(tokenizer.mask_token_id) == 1
+    with pytest.raises(DataError, match="without its passage"):
+        encode([example], tokenizer, "masked", 5)
+
+
+def test_a_passage_after_the_mask_loses_its_right():
+    tokenizer = word_tokenizer()
+    suffix = " It was the film was fine a story of one day"
+    start = len(" great It was ")
+    example = Example("", " great", suffix, (" great", " bad"), 0, passage=(start, len(" great" + suffix)))
+    encoded = encode([example], tokenizer, "masked", 8)
+    assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] [MASK] it was the film was [SEP]"
+    assert encoded.notices == ["1 of 1 rows: longer than 8 tokens, the right of the passage is cut"]
+    with pytest.raises(DataError, match="without its passage"):
+        encode([example], tokenizer, "masked", 4)
+
+
+def test_a_seq2seq_question_stays():
+    tokenizer = sentence_tokenizer()
+    example = spread("the film was fine . a story of one day and", "What is It")
+    whole = encode([example], tokenizer, "seq2seq", 64)[0]["input_ids"]
+    assert encode([example], tokenizer, "seq2seq", len(whole) - 4)[0]["input_ids"] == whole[4:]
+    with pytest.raises(DataError, match="without its passage"):
+        encode([example], tokenizer, "seq2seq", 3)
+
+
+def test_answers_are_found_by_position_where_a_break_stands_before_them():
+    for tokenizer in (byte_tokenizer(bos=True), sentence_tokenizer(), word_tokenizer()):
+        rows = [Example("What is It?\n", word, "", ("great", "bad"), 0) for word in ("great", "bad")]
+        for row, example in zip(encode(rows, tokenizer, "causal", 64), rows, strict=True):
+            assert answer_of(row, tokenizer).split()[-1].endswith(example.answer)
+
+
+def test_a_generated_answer_ends_with_its_line():
+    tokenizer = byte_tokenizer()
+    row = encode([Example("What is It", " the film\n", golds=("the film",))], tokenizer, "causal", 64)[0]
+    assert answer_of(row, tokenizer) == " the film\n"
+
+
+def test_a_row_that_begins_with_its_answer_needs_a_start_token():
+    example = Example("", "great film", "", ("great film", "bad film"), 0, passage=(0, 0))
+    row = encode([example], byte_tokenizer(bos=True), "causal", 64)[0]
+    assert answer_of(row, byte_tokenizer()) == "great film"
+    with pytest.raises(ConfigError, match="nothing before its"):
+        encode([example], byte_tokenizer(), "causal", 64)
+
+
+# -- a task's prompts as turns
+
+
+def test_vicuna_turns():
+    (turned,) = as_turn([Example("What is\n", "Yes", "", ("Yes", "No"), 0, passage=(0, 4))], "vicuna")
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    assert turned.prompt == f"{system} USER: What is ASSISTANT:" and turned.options == (" Yes", " No")
+    assert turned.answer == " Yes" and turned.prompt[slice(*turned.passage)] == "What"
+
+
+def test_turns_by_the_models_template():
+    plain = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer = byte_tokenizer(bos=True, chat=plain)
+    (turned,) = as_turn([labelled("the film was", 1)], "model", tokenizer)
+    assert turned.prompt == "user: the film was\nassistant:" and turned.answer == " great"  # the template's own space
+    row = encode([turned], tokenizer, "causal", 64)[0]
+    assert tokenizer.decode(row["input_ids"]) == "<s>user: the film was\nassistant: great"
+    glued = byte_tokenizer(chat=CHATML)
+    (turned,) = as_turn([labelled("the film was", 1)], "model", glued)
+    assert turned.prompt == "<|im_start|>user\nthe film was<|im_end|>\n<|im_start|>assistant\n"
+    assert turned.options == ("terrible", "great") and turned.prompt[slice(*turned.passage)] == "the film was"
+    cut = encode([turned], glued, "causal", len(encode([turned], glued, "causal", 64)[0]["input_ids"]) - 2)[0]
+    assert glued.decode(cut["input_ids"]) == "<|im_start|>user\n was<|im_end|>\n<|im_start|>assistant\ngreat"
+
+
+def test_turns_need_a_template():
+    with pytest.raises(ConfigError, match="no chat template: use chat vicuna"):
+        as_turn([labelled("the film was", 1)], "model", byte_tokenizer())
+    upper = byte_tokenizer(chat="{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    with pytest.raises(ConfigError, match="does not show the prompt of example 1 as it is"):
+        as_turn([labelled("the film was", 1)], "model", upper)
+    with pytest.raises(DataError, match="example 1 has no prompt"):
+        as_turn([Example("", "text")], "vicuna")

@@ -112,7 +112,7 @@ def test_scratch_is_no_larger_than_the_largest_tuned_tensor():
 
 
 def test_embedding_displaces_only_looked_up_rows(monkeypatch):
-    from smidgen import lookup, probing
+    from smidgen import lookup
 
     kind, model = make("opt-untied")
     engine = engine_of(model, kind)
@@ -122,8 +122,8 @@ def test_embedding_displaces_only_looked_up_rows(monkeypatch):
     original = lookup.displace_rows
     monkeypatch.setattr(lookup, "displace_rows", lambda p, name, *a: (seen.append((name, a[1].numel())), original(p, name, *a)))
     whole = []
-    full = probing.displace
-    monkeypatch.setattr(probing, "displace", lambda p, name, *a, **k: (whole.append(name), full(p, name, *a, **k)))
+    full = lookup.displace
+    monkeypatch.setattr(lookup, "displace", lambda p, name, *a, **k: (whole.append(name), full(p, name, *a, **k)))
     engine.losses(data, probe_of(engine.view))
     ids = data["input_ids"].numel()
     assert ("model.decoder.embed_tokens.weight", ids) in seen

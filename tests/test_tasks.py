@@ -35,7 +35,7 @@ def task_of(records: Sequence[Row], words: tuple[str, ...] | None = None, templa
 
 
 def test_names_are_the_files_of_the_folder():
-    assert tasks.names() == ["labelled", "reviews", "sst2", "topics"]
+    assert tasks.names() == sorted(tasks.names()) and {"labelled", "reviews", "sst2", "topics"} <= set(tasks.names())
     for name in tasks.names():
         module = tasks.get(name)
         assert module.__doc__ and module.status in ("recommended", "reproduction", "experimental")
@@ -44,8 +44,8 @@ def test_names_are_the_files_of_the_folder():
 
 
 def test_unknown_name_offers_the_nearest():
-    with pytest.raises(ConfigError, match="unknown task 'sst': did you mean 'sst2'"):
-        tasks.get("sst")
+    with pytest.raises(ConfigError, match="unknown task 'revews': did you mean 'reviews'"):
+        tasks.get("revews")
     with pytest.raises(ConfigError, match="--data FILE"):
         tasks.get("zzzz")
     with pytest.raises(ConfigError):
@@ -75,8 +75,10 @@ def test_sst2_example():
     task = sst2.build(sst2.Config())
     task.read = lambda source, split: rows({"sentence": "a fine film . ", "label": 1, "idx": 0})
     (example,) = task.examples("train")
-    assert example.prompt == "a fine film . It was" and example.answer == " great" and example.suffix == "."
+    assert example.prompt == "a fine film . It was" and example.answer == " great" and example.suffix == ""
     assert example.options == (" terrible", " great") and example.gold == 1 and example.text == ("a fine film .",)
+    assert example.passage == (0, len("a fine film ."))
+    assert task.examples("train", "masked")[0].suffix == " ."
 
 
 def test_template_with_text_on_both_sides():
@@ -85,7 +87,7 @@ def test_template_with_text_on_both_sides():
     assert examples[0].prompt == "one?" and examples[0].suffix == ", two {so}" and examples[0].text == ("one", "two")
     assert examples[1].suffix == ", {answer} {so}"
     (first, _) = task_of(records, template="{a}\nIs it\n{answer}").examples("train")
-    assert first.prompt == "one\nIs it" and first.answer == " x" and first.suffix == ""
+    assert first.prompt == "one\nIs it\n" and first.answer == "x" and first.suffix == ""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Conversations: as data, and as the text that the tokenizer's chat template makes of them.
+"""Conversations: as data, as the text that the tokenizer's chat template makes of them, and around a task's prompts.
 
 The template decides where an assistant's turn begins: its text up to there is rendered with the turn's opening, and
 what follows is the answer. Does not do: tool schemas, images.
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from smidgen.config import DataError
+from smidgen.config import ConfigError, DataError
 from smidgen.tasks import Example
 
-__all__ = ["Chat", "question", "render"]
+__all__ = ["Chat", "as_turn", "question", "render"]
+
+# The conversation form of Vicuna v1.1 to v1.5 (lmsys.org, 2023): system sentences, then the turns, each after a space.
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
+    " ASSISTANT:",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,57 @@ def question(example: Example | Chat, tokenizer: Any) -> tuple[str, str]:
     end = turns[-1] if turns else len(example.messages)
     prompt = _apply(example.messages[:end], tokenizer, example.place, ask=True) if end else ""
     return prompt, example.messages[end]["content"] if turns else ""
+
+
+def as_turn(examples: Sequence[Example], style: str, tokenizer: Any = None) -> list[Example]:
+    """Examples whose prompts are the user's turn of a conversation, and whose answers are the assistant's.
+
+    style: 'vicuna', or 'model': the tokenizer's chat template, whose own start token is left to the tokenizer. The turn
+    loses outer white space; an answer begins as the form writes it. The form itself is never cut from a long row.
+    Raises ConfigError where the tokenizer has no template, or renders the prompt in another spelling; DataError where an
+    example has no prompt.
+    """
+    for number, example in enumerate(examples, 1):
+        if not example.prompt.strip():
+            raise DataError(
+                f"chat {style}: example {number} has no prompt, and a conversation begins with the user: leave it out"
+            )
+    if style == "vicuna":
+        return [_turned(example, *_VICUNA, " ") for example in examples]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("chat model: the model's tokenizer has no chat template: use chat vicuna, or leave it out")
+    found = []
+    lead: str | None = None
+    for number, example in enumerate(examples, 1):
+        asked = {"role": "user", "content": example.prompt.strip()}
+        before = _apply([asked], tokenizer, f"example {number}", ask=True)
+        if lead is None:  # white space that the template puts before an answer
+            replied = {"role": "assistant", "content": "yes"}
+            after = _apply([asked, replied], tokenizer, f"example {number}").removeprefix(before).partition("yes")[0]
+            lead = after if not after.strip() else ""
+        before = before.removeprefix(tokenizer.bos_token or "")
+        opening, content, closing = before.rpartition(asked["content"])
+        if not content:
+            raise ConfigError(
+                f"chat: model: the chat template does not show the prompt of example {number} as it is: use vicuna"
+            )
+        found.append(_turned(example, opening, closing, lead))
+    return found
+
+
+def _turned(example: Example, opening: str, closing: str, lead: str) -> Example:
+    content = example.prompt.strip()
+    passage = example.passage
+    if passage is not None:
+        shift = len(opening) - (len(example.prompt) - len(example.prompt.lstrip()))
+        passage = max(len(opening), passage[0] + shift), max(len(opening), min(passage[1] + shift, len(opening + content)))
+    return replace(
+        example,
+        prompt=opening + content + closing,
+        answer=lead + example.answer.lstrip(),
+        options=None if example.options is None else tuple(lead + option.lstrip() for option in example.options),
+        passage=passage or (len(opening), len(opening + content)),
+    )
 
 
 def _apply(messages: Sequence[Mapping[str, Any]], tokenizer: Any, place: str, *, ask: bool = False) -> str:

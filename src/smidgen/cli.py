@@ -71,6 +71,7 @@ def train(
     method: _text("method") = None,  # type: ignore[valid-type]
     preset: _text("preset") = None,  # type: ignore[valid-type]
     scheme: _text("scheme") = None,  # type: ignore[valid-type]
+    objective: _text("objective") = None,  # type: ignore[valid-type]
     steps: _number("train.max_steps", "--steps") = None,  # type: ignore[valid-type]
     lr: _real("train.learning_rate", "--lr") = None,  # type: ignore[valid-type]
     batch: _number("train.per_device_train_batch_size", "--batch") = None,  # type: ignore[valid-type]
@@ -226,12 +227,20 @@ def initialise(
 @app.command()
 def methods(
     name: Annotated[Optional[str], typer.Argument(help="a method, for its options")] = None,  # noqa: UP045
+    presets: Annotated[bool, typer.Option("--presets", help="list the published presets, of the method or all")] = False,
     as_json: Json = False,
 ) -> None:
     """List the methods, or show one method's source, cost and options."""
-    from smidgen.listing import describe_method, list_methods
+    from smidgen.listing import describe_method, list_methods, list_presets
 
-    if name is None:
+    if presets:
+        listed = list_presets(name)
+        if as_json:
+            _print(listed)
+            return
+        rows = [(p["name"], *(f"{p['options'].get(k, '-')}" for k in ("lr", "eps")), p["source"]) for p in listed]
+        _table(("preset", "lr", "eps", "source"), rows)
+    elif name is None:
         found: Any = list_methods()
         _print(found) if as_json else _table(
             ("method", "status", "what it is"), [(m["name"], m["status"], m["title"]) for m in found]
@@ -245,15 +254,29 @@ def methods(
         _table(("option", "default", "meaning"), [(o["name"], str(o["default"]), o["description"]) for o in one["options"]])
         for preset, values in one["presets"].items():
             print(f"preset {preset}: " + ", ".join(f"{k}={v}" for k, v in values.items()))
+        if one["published"]:
+            print(f"{len(one['published'])} published presets: smidgen methods {name} --presets")
 
 
 @app.command("tasks")
-def list_tasks(as_json: Json = False) -> None:
-    """List the tasks that need no data of yours."""
+def list_tasks(
+    name: Annotated[Optional[str], typer.Argument(help="a task, for its options")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """List the tasks, or show one task's prompts, options and numbers of rows."""
+    from smidgen.listing import describe_task
     from smidgen.listing import list_tasks as listing
 
-    found = listing()
-    _print(found) if as_json else _table(("task", "what it is"), [(t["name"], t["title"]) for t in found])
+    found: Any = listing() if name is None else describe_task(name)
+    if as_json:
+        _print(found)
+    elif name is None:
+        _table(("task", "what it is"), [(t["name"], t["title"]) for t in found])
+    else:
+        print(found["text"] + "\n")
+        _table(("option", "default", "meaning"), [(o["name"], str(o["default"]), o["description"]) for o in found["options"]])
+        if found["sizes"]:
+            print("benchmark_split: {} rows to train on, {} dev rows, {} test rows".format(*found["sizes"]))
 
 
 @app.command("data")

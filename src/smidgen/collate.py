@@ -21,14 +21,45 @@ class Collator:
     Pads at the left for 'causal', so that answers end at one position, else at the right. choices: token ids that the
     batch carries along, [C]. position_ids: count positions from the first real token; needed by models that number
     positions by place (GPT-2, GPT-Neo); ignored for other kinds, which are padded at the right.
+
+    Examples with several options (`smidgen.questions.Candidates`) are stacked, one row an option, R rows of E examples:
+    groups [R] is the example of a row, golds [E] the row of the right option, accepted [R] whether an option counts as
+    right, divisors [R] what a row's log-likelihood is divided by: its labels (scoring 'mean') or 1 ('sum').
+    The accepted texts of a question that is answered by generation stay a list of tuples, `answers`.
     """
 
     pad_id: int
     kind: str
     choices: tuple[int, ...] | None = None
     position_ids: bool = False
+    scoring: str = "mean"
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if "options" in rows[0]:
+            return self._stacked(rows)
+        batch: dict[str, Any] = self._padded(rows)
+        if "answers" in rows[0]:
+            batch["answers"] = [tuple(row["answers"]) for row in rows]
+        return batch
+
+    def _stacked(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        options = [option for row in rows for option in row["options"]]
+        firsts = [0]
+        for row in rows:
+            firsts.append(firsts[-1] + len(row["options"]))
+        accepted = [k in row["right"] for row in rows for k in range(len(row["options"]))]
+        labels = [sum(label != IGNORED for label in option["labels"]) for option in options]
+        return {
+            **self._padded(options),
+            "groups": torch.tensor([e for e, row in enumerate(rows) for _ in row["options"]]),
+            "golds": torch.tensor([first + row["gold"] for first, row in zip(firsts, rows, strict=False)]),
+            "accepted": torch.tensor(accepted),
+            "divisors": torch.tensor(labels if self.scoring == "mean" else [1] * len(options), dtype=torch.float32),
+        }
+
+    def _padded(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
 
         width = max(len(row["input_ids"]) for row in rows)

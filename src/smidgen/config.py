@@ -186,16 +186,33 @@ class RunConfig(BaseModel):
         None, description="prompt of labelled rows: {column} slots and one {answer} slot, '{text}\\nLabel: {answer}'"
     )
     words: list[str] | None = Field(None, min_length=2, description="label words; word i stands for integer label i")
+    task_args: dict[str, Any] = Field({}, description="further options of the task (see `smidgen tasks NAME`)")
+    chat: Literal["none", "model", "vicuna"] = Field(
+        "none", description="put a task's prompts into the model's chat template, or into Vicuna's, as the user's turn"
+    )
+    benchmark_split: bool = Field(
+        False, description="the task's published numbers of rows: dev drawn from training rows by seed, validation is the test"
+    )
     max_length: int | None = Field(None, ge=2, description="tokens of a row; none: 95th percentile, at most 1024")
     train_rows: int | None = Field(None, ge=1, description="rows to train on; none: all")
     dev_rows: int | None = Field(None, ge=1, description="rows of the dev split; none: all")
     test_rows: int | None = Field(None, ge=1, description="rows of the test split; none: all")
 
     method: str = Field("zo_sgd", description="optimiser (see `smidgen methods`)")
-    preset: str | None = Field(None, description="a named set of the method's options")
+    preset: str | None = Field(
+        None, description="a named set of the method's options, or published settings (see `smidgen methods --presets`)"
+    )
     method_args: dict[str, Any] = Field({}, description="options of the method (see `smidgen methods NAME`)")
     scheme: str = Field("full", description="what is tuned: full, lora, ...")
     scheme_args: dict[str, Any] = Field({}, description="options of the scheme")
+
+    objective: Literal["auto", "answer", "choice", "accuracy", "f1", "exact_match"] = Field(
+        "auto",
+        description="what a step minimises: an answer's loss, that of choosing it, or minus a metric; auto: the task's",
+    )
+    scoring: Literal["mean", "sum"] = Field(
+        "mean", description="how options of several tokens compare: by the mean or the sum of their log-likelihoods"
+    )
 
     train: TrainConfig = Field(
         default_factory=lambda: TrainConfig.model_validate({}), description="names of transformers.TrainingArguments, unchanged"
@@ -203,6 +220,12 @@ class RunConfig(BaseModel):
 
     seed: int = Field(0, ge=0, lt=2**64, description="addresses all noise, the row order and new heads; 64 bits")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch and numba; none: as torch chooses")
+    reuse: int = Field(
+        1,
+        ge=0,
+        description="methods that probe upper layers alone keep the hidden states of every k-th layer instead of running the "
+        "layers below again; 0: run all",
+    )
     max_bad_steps: int = Field(20, ge=1, description="steps without a finite loss before the run ends")
     output: str | None = Field(None, description="folder of the run")
     resume: bool = Field(False, description="go on with the run in the output folder")

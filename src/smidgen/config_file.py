@@ -31,7 +31,7 @@ FLAGS: Mapping[str, str] = {  # short flag -> key; every other flag is its key
     "eps": "method_args.eps",
 }
 
-_SECTIONS = ("train", "method_args", "scheme_args")
+_SECTIONS = ("train", "task_args", "method_args", "scheme_args")
 
 _ALIASES: Mapping[str, str] = {  # spellings of other tools -> key
     "model_name_or_path": "model",

@@ -6,6 +6,7 @@ free-text answers. Does not do: images, tool schemas, packing of several rows in
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smidgen import tasks
-from smidgen.chat import Chat
+from smidgen.chat import Chat, as_turn
 from smidgen.config import ConfigError, DataError, RunConfig, Source, nearest, notice
 from smidgen.rows import canonical_split
 from smidgen.splits import Splits, take
@@ -30,9 +31,10 @@ _ACCEPTED = (
 
 @dataclass
 class Corpus:
-    """What a run reads. task: the labelled task, or None where answers are free text.
+    """What a run reads. task: the task, or None where rows are recognised by their columns.
 
-    rows(split) reads the rows as they are, has(split) says whether there are any.
+    rows(split) reads the rows as they are, has(split) says whether there are any with answers. chat: the form of a
+    conversation that prompts are put into (`smidgen.chat.as_turn`).
     """
 
     name: str
@@ -41,22 +43,34 @@ class Corpus:
     has: Callable[[str], bool]
     limits: Mapping[str, int | None] = field(default_factory=dict)
     notify: Callable[[str], None] = notice
+    chat: str = "none"
 
     @property
     def words(self) -> tuple[str, ...] | None:
-        """Label words in class order; None where answers are free text."""
+        """Label words in class order; None where answers are free text, or each row has options of its own."""
         return self.task.words if self.task is not None else None
 
-    def examples(self, split: str) -> list[Example | Chat]:
-        """Examples of 'train', 'validation' (or 'dev') or 'test', as many as the run wants. Raises DataError."""
+    def examples(self, split: str, kind: str = "causal", tokenizer: Any = None) -> list[Example | Chat]:
+        """Examples of 'train', 'validation' (or 'dev') or 'test', as many as the run wants, asked as a kind is asked.
+
+        tokenizer: the model's, needed for chat 'model'. Raises DataError, ConfigError.
+        """
         split = canonical_split(split)
         if self.task is not None:
-            found: list[Example | Chat] = list(self.task.examples(split))
+            found: list[Example | Chat] = list(self.task.examples(split, kind))
         else:
             found, remarks = to_examples(self.rows(split))
             for line in remarks:
                 self.notify(f"{self.name}, {split}: {line}")
-        return take(found, self.limits.get(split), _content)
+        found = take(found, self.limits.get(split), _content)
+        if self.chat == "none":
+            return found
+        if kind in ("masked", "classification"):
+            raise ConfigError(f"chat {self.chat}: a {kind} model has no conversations: leave `chat` out")
+        plain = [example for example in found if isinstance(example, Example)]
+        if len(plain) < len(found):
+            raise ConfigError(f"chat {self.chat}: the rows of {self.name} are conversations already: leave `chat` out")
+        return list(as_turn(plain, self.chat, tokenizer))
 
 
 def _content(example: Example | Chat) -> Any:
@@ -74,6 +88,10 @@ def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) ->
     if name is None and data is None:
         raise ConfigError("nothing to read: give a task (--task reviews) or data (--data FILE)")
     chosen = {key: value for key in ("template", "words") if (value := getattr(config, key)) is not None}
+    for key, value in config.task_args.items():
+        if key in chosen or key == "source":
+            raise ConfigError(f"task_args.{key} = {value!r}: give it as `{'data' if key == 'source' else key}`, once")
+        chosen[key] = value
     sources: Sequence[str | Source] = [data] if isinstance(data, str) else data or []
     limits = {"train": config.train_rows, "validation": config.dev_rows, "test": config.test_rows}
     splits = Splits(sources, config.eval_data, config.seed, notify)
@@ -88,11 +106,37 @@ def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) ->
                 "add a column label, or leave it out"
             )
         else:
-            return Corpus(title, None, splits.rows, splits.has, limits, notify)
+            if config.benchmark_split:
+                raise ConfigError(f"benchmark_split is for tasks with published numbers of rows, and '{title}' is none")
+            return Corpus(title, None, splits.rows, splits.has, limits, notify, config.chat)
     task = _build_task(name, chosen, title or None)
     splits.data = sources or [task.source]
+    if config.benchmark_split:
+        splits.sizes = _published(name, config)
     task.read = lambda source, split: splits.rows(split)
-    return Corpus(name if name != "labelled" else title, task, splits.rows, splits.has, limits, notify)
+    has = functools.partial(_has, splits, name, notify)
+    return Corpus(name if name != "labelled" else title, task, splits.rows, has, limits, notify, config.chat)
+
+
+def _has(splits: Splits, name: str, notify: Callable[[str], None], split: str) -> bool:
+    """Whether a task has this split. Test rows that are published without answers (-1, or nothing) are none."""
+    if not splits.has(split) or canonical_split(split) != "test":
+        return splits.has(split)
+    nothing: tuple[Any, ...] = (-1, "-1", "", [])
+    hidden = all(any(row.get(column) in nothing for column in ("label", "answer", "answers")) for row in splits.rows(split))
+    if hidden:
+        notify(f"{name}: the test rows have no answers and are left out")
+    return not hidden
+
+
+def _published(name: str, config: RunConfig) -> tuple[int, int, int]:
+    """Training, dev and test rows of a benchmark's task."""
+    sized = [known for known in tasks.names() if hasattr(tasks.get(known), "SIZES")]
+    if name not in sized:
+        raise ConfigError(f"benchmark_split: no numbers of rows are published for '{name}': {', '.join(sized)} have them")
+    if config.eval_data is not None:
+        raise ConfigError("benchmark_split and eval_data both say what the dev rows are: give one of the two")
+    return tasks.get(name).SIZES
 
 
 def _build_task(name: str, chosen: Mapping[str, Any], source: str | None) -> Task:
@@ -100,7 +144,9 @@ def _build_task(name: str, chosen: Mapping[str, Any], source: str | None) -> Tas
     accepted = module.Config.model_fields
     for key in chosen:
         if key not in accepted:
-            raise ConfigError(f"the task '{name}' has no option '{key}': it has {', '.join(accepted) or 'none'}")
+            others = [known for known in tasks.names() if key in tasks.get(known).Config.model_fields]
+            elsewhere = f"; '{key}' is an option of {', '.join(others)}" if others else ""
+            raise ConfigError(f"the task '{name}' has no option '{key}': it has {', '.join(accepted) or 'none'}{elsewhere}")
     values = dict(chosen) | ({"source": source} if source is not None and "source" in accepted else {})
     try:
         return module.build(module.Config(**values))

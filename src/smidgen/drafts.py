@@ -15,14 +15,17 @@ from smidgen.chat import Chat, question, render
 from smidgen.config import ConfigError, DataError
 from smidgen.tasks import Example
 
-__all__ = ["IGNORED", "Draft", "draft_rows", "frame", "labelled", "tokenise"]
+__all__ = ["IGNORED", "Draft", "draft_rows", "frame", "labelled", "spare_tokens", "tokenise"]
 
 IGNORED = -100  # label of a position without loss, as in transformers
 
 
 @dataclass
 class Draft:
-    """One row before it is cut: head and foot are the tokenizer's own tokens, ids carry `labels` (IGNORED: no loss)."""
+    """One row before it is cut: head and foot are the tokenizer's own tokens, ids carry `labels` (IGNORED: no loss).
+
+    spare: (first, end) of the tokens in ids that may be lost; None: any before the last answer.
+    """
 
     index: int
     head: list[int]
@@ -31,10 +34,16 @@ class Draft:
     foot: list[int] = field(default_factory=list)
     option: int = 0
     target: list[int] | None = None  # decoder tokens of a seq2seq row
+    spare: tuple[int, int] | None = None
 
     @property
     def length(self) -> int:
         return len(self.head) + len(self.ids) + len(self.foot)
+
+    @property
+    def least(self) -> int:
+        """Tokens that stay however the row is cut; 0 where that is not said."""
+        return self.length - (self.spare[1] - self.spare[0]) if self.spare is not None else 0
 
     @property
     def core(self) -> int:
@@ -67,7 +76,7 @@ def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 def tokenise(
     tokenizer: Any, texts: Sequence[str], *, offsets: bool = True
 ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """(ids, character spans) of each text, without the tokenizer's own tokens."""
+    """(ids, character spans; without offsets the ids again) of each text, without the tokenizer's own tokens."""
     if offsets and not tokenizer.is_fast:
         raise ConfigError(
             f"{type(tokenizer).__name__} gives no character positions, which tell answers from prompts: "
@@ -90,6 +99,15 @@ def _in_spans(end: int, spans: Sequence[tuple[int, int]]) -> bool:
     return any(start < end <= stop for start, stop in spans)
 
 
+def spare_tokens(example: Example | Chat, places: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """(first, end) of the tokens that lie in an example's passage; None where it names none."""
+    if isinstance(example, Chat) or example.passage is None:
+        return None
+    start, stop = example.passage
+    inside = [index for index, (first, end) in enumerate(places) if start <= first and end <= stop]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
 def _causal_drafts(examples: Sequence[Example | Chat], tokenizer: Any) -> Drafts:
     head, _ = frame(tokenizer)
     texts: list[str] = []
@@ -103,7 +121,7 @@ def _causal_drafts(examples: Sequence[Example | Chat], tokenizer: Any) -> Drafts
                 spans.append(found)
                 origin.append(index)
             continue
-        if example.options is not None and not example.prompt:
+        if example.options is not None and not example.prompt and (example.suffix or not head):
             raise ConfigError("the template has nothing before its {answer} slot: a causal model reads left to right")
         texts.append(example.prompt + example.answer)
         spans.append([(len(example.prompt), len(texts[-1]))] if example.answer.strip() else [])
@@ -119,13 +137,15 @@ def _causal_drafts(examples: Sequence[Example | Chat], tokenizer: Any) -> Drafts
         if isinstance(example, Chat):
             closed = labels[-1] == IGNORED or ids[-1] in added
         else:
-            closed = example.options is not None or ids[-1] == tokenizer.eos_token_id
+            closed = example.options is not None or bool(example.golds) or ids[-1] == tokenizer.eos_token_id
         if not closed and tokenizer.eos_token_id is None:
             remarks["the tokenizer has no end token, so the answer's end is not learned"] += 1
         elif not closed:
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
         last = max(position for position, label in enumerate(labels) if label != IGNORED)
-        drafts.append(Draft(index, [] if isinstance(example, Chat) else head, ids[: last + 1], labels[: last + 1]))
+        spare = spare_tokens(example, places)
+        start = [] if isinstance(example, Chat) else head
+        drafts.append(Draft(index, start, ids[: last + 1], labels[: last + 1], spare=spare))
     notices = [f"{count} of {len(examples)} rows: {line}" for line, count in remarks.items()]
     choices = _choices(examples, tokenizer)
     if choices is not None:
@@ -194,7 +214,7 @@ def _masked_drafts(examples: Sequence[Example | Chat], tokenizer: Any) -> Drafts
         labels = [IGNORED] * len(ids)
         labels[where[0]] = ids[where[0]]
         ids = [*ids[: where[0]], tokenizer.mask_token_id, *ids[where[0] + 1 :]]
-        drafts.append(Draft(index, head, ids, labels, foot))
+        drafts.append(Draft(index, head, ids, labels, foot, spare=spare_tokens(example, places)))
     if any(example.options != rows[0].options for example in rows):
         return drafts, None, []
     choices = tuple(vocabulary[option] for option in rows[0].options or ())
@@ -219,7 +239,8 @@ def _seq2seq_drafts(examples: Sequence[Example | Chat], tokenizer: Any) -> Draft
     head, foot = frame(tokenizer)
     pairs = [question(example, tokenizer) for example in examples]
     drafts, empty = [], 0
-    for index, (ids, _) in enumerate(tokenise(tokenizer, [prompt for prompt, _ in pairs], offsets=False)):
+    spared = any(isinstance(example, Example) and example.passage is not None for example in examples)
+    for index, (ids, places) in enumerate(tokenise(tokenizer, [prompt for prompt, _ in pairs], offsets=spared)):
         answer = pairs[index][1].strip()
         if not answer:
             empty += 1
@@ -229,5 +250,6 @@ def _seq2seq_drafts(examples: Sequence[Example | Chat], tokenizer: Any) -> Draft
         target = list(tokenizer(text_target=answer)["input_ids"])
         if tokenizer.eos_token_id is not None and target[-1] != tokenizer.eos_token_id:
             target.append(tokenizer.eos_token_id)
-        drafts.append(Draft(index, head, ids, [], foot, target=target))
+        spare = spare_tokens(examples[index], places) if spared else None
+        drafts.append(Draft(index, head, ids, [], foot, target=target, spare=spare))
     return drafts, None, [f"{empty} of {len(examples)} rows: no answer to learn from, left out"] if empty else []

@@ -14,7 +14,7 @@ from typing import Any
 
 from smidgen.chat import Chat, question
 from smidgen.config import ConfigError, DataError
-from smidgen.drafts import IGNORED, Draft, draft_rows, frame, labelled, tokenise
+from smidgen.drafts import IGNORED, Draft, draft_rows, frame, labelled, spare_tokens, tokenise
 from smidgen.tasks import Example
 
 __all__ = ["Encoded", "choose_max_length", "describe", "encode", "encode_options", "encode_prompts"]
@@ -77,16 +77,17 @@ def encode(
 
     kind: 'causal', 'masked', 'seq2seq' (labels: token ids at the positions of input_ids, decoder tokens for seq2seq,
     -100 where no loss) or 'classification' (labels: class index). max_length None: `choose_max_length`.
-    A row that is too long loses tokens at the left of its prompt, after the start token, never of its answer; an answer
-    that is too long by itself is cut at the right; a text without prompt is cut into blocks; a class row is cut as its
-    tokenizer does. Raises DataError: nothing left to learn from, a label word of several tokens for a masked model.
+    A row that is too long loses tokens at the left of its prompt, after the start token, never of its answer; a row that
+    names its passage loses tokens of that alone. An answer that is too long by itself is cut at the right; a text without
+    prompt is cut into blocks; a class row is cut as its tokenizer does. Raises DataError: nothing left to learn from, a
+    question that does not fit without its passage, a label word of several tokens for a masked model.
     """
     if not examples:
         raise DataError("no examples to encode: the data set is empty")
     if kind == "classification":
         return _encode_classes(examples, tokenizer, max_length, context)
     drafts, choices, remarks = draft_rows(examples, tokenizer, kind)
-    limit = _limit([draft.length for draft in drafts], max_length, context)
+    limit = _limit([draft.length for draft in drafts], max_length, context, max((draft.least for draft in drafts), default=0))
     encoded = Encoded(kind, limit)
     encoded.choices = choices
     cut = Counter[str]()
@@ -128,7 +129,7 @@ def encode_options(
     for (index, option, _), draft in zip(spread, drafts, strict=True):
         draft.index, draft.option = index, option
         longest[index] = max(longest[index], len(draft.ids) - draft.core if draft.target is None else 0)
-    limit = _limit([draft.length for draft in drafts], max_length, context)
+    limit = _limit([draft.length for draft in drafts], max_length, context, max((draft.least for draft in drafts), default=0))
     encoded = Encoded(kind, limit)
     cut = Counter[str]()
     for draft in drafts:
@@ -138,27 +139,58 @@ def encode_options(
 
 
 def encode_prompts(examples: Sequence[Example | Chat], tokenizer: Any, kind: str, max_length: int | None = None) -> Encoded:
-    """Prompts alone, to be continued by generation ('causal', 'seq2seq'); the left is cut beyond max_length."""
+    """Prompts alone, to be continued by generation ('causal', 'seq2seq'); beyond max_length the left is cut, or the left
+    of the passage. Raises DataError: no prompt, a question that does not fit without its passage."""
     head, foot = frame(tokenizer)
     prompts = [question(example, tokenizer)[0] for example in examples]
     drafts = []
-    for index, (ids, _) in enumerate(tokenise(tokenizer, prompts, offsets=False)):
+    spared = any(isinstance(example, Example) and example.passage is not None for example in examples)
+    for index, (ids, places) in enumerate(tokenise(tokenizer, prompts, offsets=spared)):
         rendered = isinstance(examples[index], Chat)
-        draft = Draft(index, [] if rendered else head, ids, [], foot if kind == "seq2seq" else [])
+        spare = spare_tokens(examples[index], places) if spared else None
+        draft = Draft(index, [] if rendered else head, ids, [], foot if kind == "seq2seq" else [], spare=spare)
         if not draft.length:
             raise DataError(f"example {index + 1} has no prompt to continue, and the model has no start token")
         drafts.append(draft)
     encoded = Encoded(kind, max_length or max(draft.length for draft in drafts))
     for draft in drafts:
         room = max(1, encoded.max_length - len(draft.head) - len(draft.foot))
-        encoded._add(draft.index, 0, input_ids=draft.head + draft.ids[-room:] + draft.foot)
+        ids = draft.ids[-room:] if draft.spare is None else _spared(draft, room, len(draft.ids), Counter())[0]
+        encoded._add(draft.index, 0, input_ids=draft.head + ids + draft.foot)
     return encoded
 
 
-def _limit(lengths: Sequence[int], max_length: int | None, context: int | None) -> int:
+def _limit(lengths: Sequence[int], max_length: int | None, context: int | None, least: int = 0) -> int:
+    """Tokens of a row; where they are chosen, at least what the longest question needs, as far as the model has them."""
     if max_length is not None and context is not None and max_length > context:
         raise ConfigError(f"max_length {max_length} is above the model's {context} positions: give at most {context}")
-    return max_length if max_length is not None else choose_max_length(lengths or [2], context)
+    if max_length is not None:
+        return max_length
+    return max(choose_max_length(lengths or [2], context), min(least, context or least))
+
+
+def _spared(draft: Draft, room: int, needed: int, cut: Counter[str]) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a row that loses tokens of its passage alone: at the left of one before the answer, else at the right.
+
+    needed: tokens that it would take whole. Raises DataError where the passage is not enough.
+    """
+    first, end = draft.spare or (0, 0)
+    drop = needed - room
+    if drop <= 0:
+        return draft.ids, draft.labels
+    if end - first < drop:
+        around = len(draft.head) + len(draft.foot)
+        raise DataError(
+            f"example {draft.index + 1} needs {needed - (end - first) + around} tokens without its passage, and a row has "
+            f"{room + around}: raise max_length, use a model with a longer context, or leave the row out"
+        )
+    before = draft.target is not None or not draft.labels or first < draft.core
+    cut[f"longer than {{limit}} tokens, the {'left' if before else 'right'} of the passage is cut"] += 1
+    lost = slice(first, first + drop) if before else slice(end - drop, end)
+    ids, labels = list(draft.ids), list(draft.labels)
+    del ids[lost]
+    del labels[lost]
+    return ids, labels
 
 
 def _place(encoded: Encoded, draft: Draft, cut: Counter[str], reserve: int = 0) -> None:
@@ -167,13 +199,19 @@ def _place(encoded: Encoded, draft: Draft, cut: Counter[str], reserve: int = 0) 
     room = max(1, limit - len(draft.head) - len(draft.foot))
     ids, labels = draft.ids, draft.labels
     if draft.target is not None:
-        if len(ids) > room:
+        if draft.spare is not None:
+            ids, _ = _spared(draft, room, len(ids), cut)
+        elif len(ids) > room:
             cut["longer than {limit} tokens, the left of the prompt is cut"] += 1
         if len(draft.target) > limit:
             cut["an answer longer than {limit} tokens, its right is cut"] += 1
         encoded._add(draft.index, draft.option, input_ids=draft.head + ids[-room:] + draft.foot, labels=draft.target[:limit])
         return
     core = draft.core
+    if draft.spare is not None:
+        ids, labels = _spared(draft, room, core + max(reserve, len(ids) - core), cut)
+        _add_labelled(encoded, draft, ids, labels)
+        return
     if len(ids) > room and kind == "causal" and core == 0 and not reserve:
         cut["longer than {limit} tokens, cut into blocks"] += 1
         overlap = 0 if draft.head else 1  # without a start token, the token before a block is its context

@@ -1,7 +1,7 @@
 """Evaluation: length-sorted batches -> losses, option scores or generated text -> metrics.
 
-Loss is weighted by label tokens over the whole split. Options are compared by their mean log-likelihood a token, all
-of an example in the same arithmetic as one by one; where every option is one token, one forward scores them all.
+Options are compared by their log-likelihoods, all of an example in the same arithmetic as one by one; where every option
+is one token, one forward scores them all, and elsewhere the prompt of an example runs once (`smidgen.scoring`).
 """
 
 from __future__ import annotations
@@ -13,54 +13,92 @@ from typing import Any
 import torch
 
 from smidgen.collate import Collator
+from smidgen.config import ConfigError, DataError
 from smidgen.data import Corpus
 from smidgen.directions import Probe
-from smidgen.encode import Encoded, encode, encode_options, encode_prompts
-from smidgen.probing import Engine
+from smidgen.encode import Encoded, encode
+from smidgen.generation import Answerer, answer_all
+from smidgen.loss import group_nll
+from smidgen.probing import Batch, Engine
+from smidgen.questions import Candidates, Prompts
+from smidgen.scoring import OptionScorer, best_of_groups, in_batches, on_device
+from smidgen.tasks._answers import exact_match, f1
 from smidgen.tasks._example import Example
+
+Metric = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
+
+HEADLINES = ("accuracy", "f1", "exact_match", "loss")  # the first that an evaluation has is the measure of a run
+
+
+@dataclass
+class Answers:
+    """Questions of a split that are answered by generation, and how the answers are measured."""
+
+    prompts: Prompts
+    answerer: Answerer
+    metric: Metric
+
+    def texts(self, engine: Engine, batch_size: int, probe: Probe = ()) -> list[str]:
+        """An answer for each question."""
+        return answer_all(engine, self.answerer, self.prompts, batch_size, probe)
 
 
 @dataclass
 class Evaluation:
     """One split, encoded once. Calling it gives the metrics at theta + probe.
 
-    rows: the encoded split; options: one row for each option where options have several tokens; golds: index of the
-    right option of each example, None for free text; metric: from predictions and golds.
+    rows: the encoded split; golds, rights: the right option of each example, and all that count as right, None for free
+    text; options: where options have several tokens; metric: from predictions and golds; compared: the loss of such
+    options is that of choosing among them, else of the right one's tokens; answers: what is generated.
     """
 
     rows: Encoded
-    options: Encoded | None
-    golds: list[int] | None
-    metric: Callable[[Sequence[int], Sequence[int]], dict[str, float]] | None
     collator: Collator
     batch_size: int
+    golds: list[int] | None = None
+    rights: list[frozenset[int]] | None = None
+    metric: Metric | None = None
+    options: OptionScorer | None = None
+    compared: bool = False
+    answers: Answers | None = None
 
     def __call__(self, engine: Engine, probe: Probe = ()) -> dict[str, float]:
-        """Loss (nats a label token, or a row), and the task's metrics. Cost: one forward of the split, or of its options."""
+        """Loss (nats a label token, a row or an example), and the task's metrics.
+
+        Cost: one forward of the split, or of its options; besides, where answers are generated, their prompts and one
+        forward for each new token.
+        """
+        found = self._measures(engine, probe)
+        if self.answers is not None:
+            texts = self.answers.texts(engine, self.batch_size, probe)
+            found |= self.answers.metric(texts, self.answers.prompts.answers)
+        return found
+
+    def _measures(self, engine: Engine, probe: Probe) -> dict[str, float]:
         if self.golds is None:
             return {"loss": self._loss(engine, probe)}
-        assert self.metric is not None
-        if self.options is not None:
-            predictions, loss = self._by_option(engine, probe)
-        else:
-            predictions, loss = self._at_once(engine, probe)
-        return {"loss": loss, **self.metric(predictions, self.golds)}
+        assert self.metric is not None and self.rights is not None
+        predictions, loss = self._chosen(engine, probe)
+        forgiven = [
+            gold if chosen in right else chosen
+            for chosen, gold, right in zip(predictions, self.golds, self.rights, strict=True)
+        ]
+        return {"loss": loss, **self.metric(forgiven, self.golds)}
 
     def predictions(self, engine: Engine, probe: Probe = ()) -> list[int]:
         """Index of the chosen option of each example."""
-        return (self._by_option if self.options is not None else self._at_once)(engine, probe)[0]
+        return self._chosen(engine, probe)[0]
 
-    def _batches(self, rows: Encoded, device: torch.device) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        lengths = rows.lengths
-        order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))  # the longest first: memory fails early
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            batch = self.collator([rows[i] for i in chosen])
-            yield chosen, {k: v.to(device) for k, v in batch.items()}
+    def _chosen(self, engine: Engine, probe: Probe) -> tuple[list[int], float]:
+        return (self._at_once if self.options is None else self._by_option)(engine, probe)
+
+    def _batches(self, engine: Engine) -> Iterator[tuple[list[int], Batch]]:
+        for chosen in in_batches(range(len(self.rows)), self.rows.lengths, self.batch_size):
+            yield chosen, on_device(self.collator([self.rows[i] for i in chosen]), engine)
 
     def _loss(self, engine: Engine, probe: Probe) -> float:
         total, weight = 0.0, 0
-        for _, batch in self._batches(self.rows, device_of(engine)):
+        for _, batch in self._batches(engine):
             nll = engine.losses(batch, probe).nll
             total, weight = total + float(nll.double().sum()), weight + nll.numel()
         return total / weight
@@ -69,7 +107,7 @@ class Evaluation:
         assert self.golds is not None
         chosen = [0] * len(self.golds)
         total = 0.0
-        for members, batch in self._batches(self.rows, device_of(engine)):
+        for members, batch in self._batches(engine):
             scores = engine.choice_scores(batch, probe).double().cpu()
             golds = torch.tensor([self.golds[self.rows.index[i]] for i in members])
             total += float(torch.nn.functional.cross_entropy(scores, golds, reduction="sum"))
@@ -79,23 +117,26 @@ class Evaluation:
 
     def _by_option(self, engine: Engine, probe: Probe) -> tuple[list[int], float]:
         assert self.golds is not None and self.options is not None
-        rows = self.options
-        mean: list[dict[int, float]] = [{} for _ in self.golds]
-        total, weight = 0.0, 0
-        for members, batch in self._batches(rows, device_of(engine)):
-            nll, where, _ = engine.losses({k: v for k, v in batch.items() if k != "choices"}, probe)
-            sums = torch.zeros(len(members), dtype=torch.float64).index_add(0, where.cpu(), nll.double().cpu())
-            counts = torch.bincount(where.cpu(), minlength=len(members))
-            for k, i in enumerate(members):
-                mean[rows.index[i]][rows.option[i]] = -float(sums[k]) / max(1, int(counts[k]))
-                if rows.option[i] == self.golds[rows.index[i]]:
-                    total, weight = total + float(sums[k]), weight + int(counts[k])
-        return [max(scores, key=lambda o: scores[o]) for scores in mean], total / weight
+        sums = self.options(engine, probe)
+        scores = sums.scores(self.collator.scoring)
+        candidates = self.options.candidates
+        groups = torch.tensor(candidates.options.index)
+        best = best_of_groups(scores, groups)
+        golds = torch.tensor([rows[gold] for rows, gold in zip(candidates.rows, self.golds, strict=True)])
+        if self.compared:
+            loss = float(group_nll(scores, groups, golds).mean())
+        else:
+            loss = float(sums.nll[golds].sum() / sums.tokens[golds].sum())
+        return [candidates.options.option[k] for k in best], loss
 
 
-def device_of(engine: Engine) -> torch.device:
-    """Where batches go."""
-    return next(engine.model.parameters()).device
+def generated_metric(predictions: Sequence[str], golds: Sequence[tuple[str, ...]]) -> dict[str, float]:
+    """Mean F1 and exact match of answers whose task has no metric of texts."""
+    count = len(golds)
+    return {
+        "f1": sum(f1(p, g) for p, g in zip(predictions, golds, strict=True)) / count,
+        "exact_match": sum(exact_match(p, g) for p, g in zip(predictions, golds, strict=True)) / count,
+    }
 
 
 def evaluation(
@@ -106,60 +147,46 @@ def evaluation(
     *,
     max_length: int,
     context: int | None,
-    collator: Collator,
     batch_size: int,
+    position_ids: bool = False,
+    scoring: str = "mean",
+    compared: bool | None = None,
+    generated: bool = False,
 ) -> Evaluation:
-    """Encode a split for evaluation. Raises DataError as `smidgen.data` does."""
-    examples = corpus.examples(split)
+    """Encode a split for evaluation. Raises DataError as `smidgen.data` does.
+
+    compared: see Evaluation, None: as the task trains; generated: answers are generated although the task is not one of
+    free answers.
+    """
+    examples = corpus.examples(split, kind, tokenizer)
     rows = encode(examples, tokenizer, kind, max_length, context=context)
-    if corpus.task is None:
-        return Evaluation(rows, None, None, None, _with(collator, rows), batch_size)
-    labelled = [e for e in examples if isinstance(e, Example)]
-    if kind == "classification":
-        golds = [rows[i]["labels"] for i in range(len(rows))]
-    else:
-        golds = [e.gold for e in labelled if e.gold is not None]
-    options = None
+    task = corpus.task
+    found = Evaluation(rows, Collator(tokenizer.pad_token_id, kind, rows.choices, position_ids, scoring), batch_size)
+    free = task is not None and task.free
+    if free or generated:
+        if kind not in ("causal", "seq2seq"):
+            raise ConfigError(f"answers are generated, which a model of kind {kind} does not do: use a causal or seq2seq model")
+        prompts = Prompts(examples, tokenizer, kind, max_length, context=context)
+        metric = task.metric if task is not None and free else generated_metric
+        found.answers = Answers(prompts, Answerer(tokenizer, kind), metric)
+    if task is None or free:
+        return found
+    found.metric = task.metric
+    found.compared = task.choice if compared is None else compared
+    labelled = [e for e in examples if isinstance(e, Example) and e.gold is not None]
+    golds = [e.gold or 0 for e in labelled]
+    found.golds, found.rights = golds, [frozenset(e.right) | {g} for e, g in zip(labelled, golds, strict=True)]
+    if kind == "masked" and rows.choices is None:
+        raise DataError(same_words(corpus.name))
     if kind != "classification" and rows.choices is None:
-        options = encode_options(labelled, tokenizer, kind, max_length, context=context)
-    return Evaluation(rows, options, golds, corpus.task.metric, _with(collator, rows), batch_size)
+        candidates = Candidates(labelled, tokenizer, kind, max_length, context=context)
+        found.options = OptionScorer(candidates, found.collator, batch_size)
+    return found
 
 
-def _with(collator: Collator, rows: Encoded) -> Collator:
-    return Collator(collator.pad_id, collator.kind, rows.choices, collator.position_ids)
-
-
-def generate(
-    engine: Engine,
-    tokenizer: Any,
-    prompts: Sequence[Any],
-    *,
-    max_new_tokens: int = 50,
-    batch_size: int = 8,
-    probe: Probe = (),
-    kind: str = "causal",
-) -> list[str]:
-    """Greedy continuations of prompts at theta + probe, through the model's own `generate`."""
-    rows = encode_prompts(prompts, tokenizer, kind)
-    collator = Collator(tokenizer.pad_token_id, kind)
-    texts: list[str] = []
-    with torch.no_grad(), engine.displaced(probe):
-        engine.model.eval()
-        for first in range(0, len(rows), batch_size):
-            batch = {k: v.to(device_of(engine)) for k, v in collator(rows[first : first + batch_size]).items()}
-            out = engine.model.generate(  # type: ignore[operator]
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-            if kind == "causal":
-                out = out[:, batch["input_ids"].shape[1] :]
-            texts += tokenizer.batch_decode(out, skip_special_tokens=True)
-    return texts
-
-
-def exact_match(texts: Sequence[str], golds: Sequence[str]) -> float:
-    """Share of answers equal to the given one: first line, outer white space and letter case aside."""
-
-    def plain(text: str) -> str:
-        return (text.strip().splitlines() or [""])[0].strip().lower()
-
-    return sum(plain(t) == plain(g) for t, g in zip(texts, golds, strict=True)) / len(golds)
+def same_words(name: str) -> str:
+    """Why a masked model cannot choose among options of their own."""
+    return (
+        f"a masked model fills in one of the same label words in every row, and the rows of '{name}' have options of their "
+        "own: use a causal or seq2seq model"
+    )

@@ -50,9 +50,10 @@ def export(run: Path, to: Path, form: str) -> dict[str, Any]:
     if to.exists() and any(to.iterdir()):
         raise ConfigError(f"{to} is not empty: choose another folder with --to")
     loaded, config = open_folder(str(run))
-    formats = adapt.get(config.scheme).EXPORTS
-    if form not in formats:
-        raise ConfigError(f"scheme {config.scheme} cannot be exported as {form!r}: it has {', '.join(formats)}")
+    scheme = adapt.get(config.scheme)
+    if form not in scheme.EXPORTS:
+        reason = f" ({scheme.REFUSED[form]})" if form in scheme.REFUSED else ""
+        raise ConfigError(f"scheme {config.scheme} cannot be exported as {form!r}{reason}: it has {', '.join(scheme.EXPORTS)}")
     adapted, tokenizer = loaded.adapted, loaded.tokenizer
     model = adapted.model.eval()
     place = next(model.parameters()).device

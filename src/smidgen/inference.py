@@ -12,16 +12,12 @@ import transformers
 from smidgen import config_file as configuration
 from smidgen import data as sources
 from smidgen import folder as folders
-from smidgen import models
 from smidgen.chat import Chat
-from smidgen.collate import Collator
 from smidgen.config import ConfigError, RunConfig, notice
-from smidgen.evaluate import evaluation, exact_match, generate
+from smidgen.generation import generate
 from smidgen.probing import Engine
-from smidgen.run import Loaded, load
+from smidgen.run import Loaded, evaluation_of, load
 from smidgen.tasks._example import Example
-
-_LENGTH = 1024  # tokens of a row, at most; chosen
 
 
 def open_folder(name: str, *, classes: int | None = None) -> tuple[Loaded, RunConfig]:
@@ -52,35 +48,13 @@ def evaluate_folder(
     path = Path(name) / folders.RESOLVED
     config = configuration.load(path) if path.exists() else RunConfig(model=name)
     if task or data:
-        config = configuration.with_values(config, {"task": task, "data": data, "eval_data": None})
+        own = {} if task == config.task else {"task_args": {}, "benchmark_split": False}  # another task has other options
+        config = configuration.with_values(config, {"task": task, "data": data, "eval_data": None, "objective": "auto"} | own)
     corpus = sources.open_corpus(config, notify=notice)
     loaded, _ = open_folder(name, classes=None if corpus.words is None else len(corpus.words))
     engine = Engine(loaded.adapted.model, loaded.adapted.view, loaded.kind)
-    collator = Collator(
-        loaded.tokenizer.pad_token_id, loaded.kind, position_ids=models.wants_position_ids(loaded.adapted.model)
-    )
-    measured = evaluation(
-        corpus,
-        split,
-        loaded.tokenizer,
-        loaded.kind,
-        max_length=min(loaded.context or _LENGTH, _LENGTH),
-        context=loaded.context,
-        collator=collator,
-        batch_size=batch_size or config.train.per_device_eval_batch_size,
-    )
-    found: dict[str, Any] = {"model": name, "data": corpus.name, "split": split, "rows": len(measured.rows), **measured(engine)}
-    if match:
-        found["exact_match"] = _exact(engine, loaded, corpus.examples(split))
-    return found
-
-
-def _exact(engine: Engine, loaded: Loaded, examples: Sequence[Any]) -> float:
-    if loaded.kind not in ("causal", "seq2seq"):
-        raise ConfigError(f"--exact-match generates text, which a model of kind {loaded.kind} does not")
-    golds = [e.answer if isinstance(e, Example) else e.messages[-1]["content"] for e in examples]
-    texts = generate(engine, loaded.tokenizer, examples, kind=loaded.kind)
-    return exact_match(texts, golds)
+    measured = evaluation_of(config, corpus, loaded, split, batch_size=batch_size, generated=match)
+    return {"model": name, "data": corpus.name, "split": split, "rows": len(measured.rows), **measured(engine)}
 
 
 def generate_from_folder(name: str, prompts: Sequence[str], *, max_new_tokens: int, chat: bool) -> list[str]:

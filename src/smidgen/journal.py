@@ -6,7 +6,8 @@ File `journal.bin`, little-endian:
     record  u32 step | u16 count of values | u8 flags | u8 check of these 7 bytes
             | float64 learning rate of each parameter group | float64 values | u32 CRC-32 of all before
 
-A record of a two-sided step with one direction and one group takes 36 bytes. Records are written with one system call
+A record of a two-sided step with one direction and one group takes 36 bytes. A step with more values than a record has
+room for is several records of one step number; all but the last have the flag MORE. Records are written with one system call
 each, so a killed process leaves at most one torn record at the end, which is cut when the file is opened for writing.
 The file is synced to disk every 5 seconds and when it is closed: a power failure loses at most that.
 """
@@ -30,6 +31,9 @@ MAGIC = b"SMIDGEN"
 VERSION = 1
 BAD = 1  # flag: nothing was written in this step
 END = 2  # flag of a record without values: the run ended by itself
+MORE = 4  # flag: the step's values go on in the next record
+
+ROOM = (1 << 16) - 1  # values of a record
 
 _PREFIX = struct.Struct("<IHB")
 _SYNC_SECONDS = 5.0
@@ -51,7 +55,10 @@ class Record:
     flags: int = 0
 
     def encode(self) -> bytes:
-        """The record's bytes."""
+        """The bytes of its record, or records."""
+        if len(self.values) > ROOM:
+            head = Record(self.step, self.lrs, self.values[:ROOM], self.flags | MORE)
+            return head.encode() + Record(self.step, self.lrs, self.values[ROOM:], self.flags).encode()
         prefix = _PREFIX.pack(self.step, len(self.values), self.flags)
         body = prefix + bytes([zlib.crc32(prefix) & 0xFF])
         body += struct.pack(f"<{len(self.lrs) + len(self.values)}d", *self.lrs, *self.values)
@@ -115,6 +122,8 @@ def read(path: Path, *, stop: int | None = None) -> Transcript:
     header, at = _decode_header(data, path)
     groups = int(header["groups"])
     records: list[Record] = []
+    parts: list[Record] = []  # of a step that is not whole yet
+    good = at
     while at < len(data) and len(records) != stop:
         tail = data[at:]
         if len(tail) < 8 or not any(tail):  # a prefix of a record, or blocks that never reached the disk
@@ -130,11 +139,16 @@ def read(path: Path, *, stop: int | None = None) -> Transcript:
         if crc != zlib.crc32(body) or (step != expected and not flags & END):
             raise _damaged(path, expected)
         numbers = struct.unpack_from(f"<{groups + count}d", body, 8)
-        records.append(Record(step, numbers[:groups], numbers[groups:], flags))
+        parts.append(Record(step, numbers[:groups], numbers[groups:], flags))
         at += size
+        if flags & MORE:
+            continue
+        values = tuple(value for part in parts for value in part.values)
+        records.append(Record(step, numbers[:groups], values, flags))
+        parts, good = [], at
         if flags & END:
             break
-    return Transcript(path, header, records, at, len(data) - at)
+    return Transcript(path, header, records, good, len(data) - good)
 
 
 def _damaged(path: Path, step: int) -> JournalError:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 # Multiplications below which F.linear is kept. oneDNN is faster from 2^21 on, but compiles a primitive for every shape, and the
@@ -26,7 +27,7 @@ def _available() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias, as F.linear; x [..., D], weight [O, D]."""
+    """x @ weight.T + bias, as F.linear; x [..., D], weight [O, D]. Tangents are carried along."""
     if (
         x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= SMALLEST
@@ -36,8 +37,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         and not torch.is_autocast_enabled("cpu")
         and _available()
     ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x W^T + b through oneDNN; where an argument has a tangent, y has dx W^T + x dW^T + db, which oneDNN would drop."""
+    multiply = functools.partial(torch.ops.mkldnn._linear_pointwise, attr="none", scalars=[], algorithm="")
+    (x, dx), (weight, dw) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(weight)
+    bias, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    y = multiply(x, weight, bias)
+    parts = []
+    if dx is not None:
+        parts.append(multiply(dx, weight, None))
+    if dw is not None:
+        parts.append(multiply(x, dw, db))
+    elif db is not None:
+        parts.append(db.expand_as(y))
+    return forward_ad.make_dual(y, sum(parts[1:], start=parts[0])) if parts else y
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from smidgen import data, models, optim, tasks
+from smidgen import data, models, optim, presets, tasks
 from smidgen.config import RunConfig, notice
 from smidgen.config_file import load
 from smidgen.encode import describe, encode
@@ -32,13 +32,45 @@ def describe_method(name: str) -> dict[str, Any]:
         "text": inspect.getdoc(module),
         "options": options,
         "presets": getattr(module, "PRESETS", {}),
+        "published": [preset.name for preset in presets.of_method(name)],
         "suggested": getattr(module, "SUGGESTED", {}),
     }
 
 
+def list_presets(method: str | None) -> list[dict[str, Any]]:
+    """The published presets of a method, or all. Raises ConfigError for an unknown method."""
+    if method is not None:
+        optim.get(method)
+    return [
+        {
+            "name": preset.name,
+            "method": preset.method,
+            "scheme": preset.scheme,
+            "options": dict(preset.options),
+            "keys": dict(preset.keys),
+            "grid": {option: list(values) for option, values in preset.grid.items()},
+            "source": preset.source,
+        }
+        for preset in presets.of_method(method)
+    ]
+
+
 def list_tasks() -> list[dict[str, Any]]:
-    """Name and first line of every task."""
-    return [{"name": n, "title": _title(tasks.get(n))} for n in tasks.names()]
+    """Name, status and first line of every task."""
+    return [{"name": n, "status": tasks.get(n).status, "title": _title(tasks.get(n))} for n in tasks.names()]
+
+
+def describe_task(name: str) -> dict[str, Any]:
+    """One task: its text, options, and published numbers of rows. Raises ConfigError for an unknown one."""
+    module = tasks.get(name)
+    fields = module.Config.model_fields
+    return {
+        "name": name,
+        "status": module.status,
+        "text": inspect.getdoc(module),
+        "options": [{"name": k, "default": f.default, "description": f.description} for k, f in fields.items()],
+        "sizes": getattr(module, "SIZES", None),
+    }
 
 
 def describe_data(source: str, *, model: str, kind: str, row: int, max_length: int | None) -> dict[str, Any]:
@@ -49,5 +81,5 @@ def describe_data(source: str, *, model: str, kind: str, row: int, max_length: i
     tokenizer = models.load_tokenizer(model)
     chosen = detect_kind(model_config, corpus.words is not None) if kind == "auto" else kind
     context = models.context_length(model_config, tokenizer)
-    encoded = encode(corpus.examples("train"), tokenizer, chosen, max_length, context=context)
+    encoded = encode(corpus.examples("train", chosen), tokenizer, chosen, max_length, context=context)
     return describe(encoded, tokenizer, min(row, len(encoded) - 1))

@@ -10,7 +10,8 @@ Does not do: label smoothing, z-loss, sampled softmax.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from smidgen.kinds import Kind
 from smidgen.linear import linear
 
 IGNORE = -100  # the label of a position without loss, as in transformers
+NOT_INPUTS = frozenset({"labels", "choices", "groups", "golds", "divisors", "accepted", "answers"})  # a batch's, not a model's
 
 BLOCK_ELEMENTS = 1 << 22  # elements of one vocabulary block of the head: 16 MB in float32; chosen
 BLOCK_POSITIONS = 4096  # label positions per block of logits
@@ -142,3 +144,28 @@ def choice_index(tokens: Tensor, choices: Tensor) -> Tensor:
 def logits_nll(logits: Tensor, tokens: Tensor) -> Tensor:
     """Negative log-likelihood from logits [n, V] that the model computed itself."""
     return F.cross_entropy(logits.float(), tokens, reduction="none")
+
+
+def row_scores(losses: Losses, divisors: Tensor) -> Tensor:
+    """Score of each row: the log-likelihood of its labels over its divisor [R], which is 1 or its count of labels."""
+    total = torch.zeros(losses.size, dtype=losses.nll.dtype, device=losses.nll.device)
+    return -total.index_add(0, losses.rows, losses.nll) / divisors
+
+
+def group_nll(scores: Tensor, groups: Tensor, golds: Tensor) -> Tensor:
+    """-log softmax of scores [R] within each group, at its right row: groups [R] in 0..B-1, golds [B] rows -> [B]."""
+    high = torch.full_like(scores[: golds.shape[0]], -torch.inf).scatter_reduce(0, groups, scores.detach(), "amax")
+    total = torch.zeros_like(high).index_add(0, groups, (scores - high[groups]).exp())
+    return high + total.log() - scores[golds]
+
+
+def grouped(losses: Losses, batch: Mapping[str, Any]) -> Losses:
+    """The losses as they are, or, of a batch that stacks all options of each example, one loss an example.
+
+    The latter is MeZO's classification by candidates: the softmax cross-entropy over the scores of its options.
+    """
+    if "groups" not in batch:
+        return losses
+    golds = batch["golds"]
+    nll = group_nll(row_scores(losses, batch["divisors"]), batch["groups"], golds)
+    return Losses(nll, torch.arange(golds.shape[0], device=golds.device), golds.shape[0])

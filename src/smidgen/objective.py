@@ -18,10 +18,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from smidgen.directions import Probe, displace, restrict
+from smidgen.config import ConfigError
+from smidgen.directions import Direction, Probe, displace, restrict
+from smidgen.forward_mode import slope_in_place
+from smidgen.inputs import input_squares
 from smidgen.loss import targets
 from smidgen.params import ParamView
 from smidgen.probing import Batch, Engine
+from smidgen.reuse import Held
 
 
 class Objective(Protocol):
@@ -32,24 +36,34 @@ class Objective(Protocol):
     def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
         """float64 [P], or [P, N] per example in global row order; theta unchanged, bit for bit."""
 
-    def backward(self, names: Iterable[str] | None = None) -> float:
-        """Loss; gradients into `.grad`, only for these names (all tuned tensors when None)."""
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        """(loss, <grad L(theta), z>) by forward mode; theta unchanged, bit for bit."""
+
+    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
+        """Loss; gradients into `.grad`, only for these names (all tuned tensors when None). Without `dropout` it is the
+        gradient of the function that `losses` evaluates."""
+
+    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """For each of the names that is a linear weight: sums over tokens of the squares of its inputs at theta, float64,
+        shaped to broadcast against the weight; see `smidgen.inputs`."""
 
 
 Sums = tuple[Tensor, Tensor]  # float64 loss sums and weights, [P] or [P, N]
 
 
 class ModelObjective:
-    """Mean loss of a model over micro-batches. Cost of P probes: P forwards a micro-batch."""
+    """Mean loss of a model over micro-batches. Cost of P probes: P forwards a micro-batch, or the part of them that
+    `smidgen.reuse` leaves; the hidden states that are reused live as long as this object."""
 
     def __init__(self, engine: Engine, batches: Sequence[Batch], key: Hashable = None):
         self.engine, self.batches, self.key = engine, batches, key
+        self.held = [Held() for _ in batches]
 
     def sums(self, probes: Sequence[Probe], *, each: bool = False) -> Sums:
         """Loss sums and weights before division: what ranks exchange."""
         totals, weights = [], []
         for probe in probes:
-            parts = [self._part(batch, probe, each) for batch in self.batches]
+            parts = [self._part(batch, probe, each, held) for batch, held in zip(self.batches, self.held, strict=True)]
             if each:
                 totals.append(torch.cat([t for t, _ in parts]))
                 weights.append(torch.cat([w for _, w in parts]))
@@ -58,8 +72,8 @@ class ModelObjective:
                 weights.append(torch.stack([w for _, w in parts]).sum(0))
         return torch.stack(totals), torch.stack(weights)
 
-    def _part(self, batch: Batch, probe: Probe, each: bool) -> Sums:
-        nll, rows, size = self.engine.losses(batch, probe)
+    def _part(self, batch: Batch, probe: Probe, each: bool, held: Held) -> Sums:
+        nll, rows, size = self.engine.losses(batch, probe, held)
         nll = nll.double().cpu()
         if not each:
             return nll.sum(), torch.tensor(float(nll.numel()), dtype=torch.float64)
@@ -71,14 +85,36 @@ class ModelObjective:
         total, weight = self.sums(probes, each=each)
         return total / weight
 
-    def backward(self, names: Iterable[str] | None = None) -> float:
+    def slope_sums(self, direction: Direction) -> Tensor:
+        """Loss sum, sum of its derivatives and weight, float64 [3]: what ranks exchange."""
+        total = torch.zeros(3, dtype=torch.float64)
+        for batch in self.batches:
+            found, tangent = self.engine.slope(batch, direction)
+            nll, tangent = found.nll.double().cpu(), tangent.double().cpu()
+            total += torch.stack([nll.sum(), tangent.sum(), torch.tensor(float(nll.numel()), dtype=torch.float64)])
+        return total
+
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        loss, tangent, weight = self.slope_sums(direction).tolist()
+        return loss / weight, tangent / weight
+
+    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return input_squares(self.engine, self.batches, names)
+
+    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         view, model = self.engine.view, self.engine.model
         chosen = None if names is None else set(names)
+        for entry in view:
+            if (chosen is None or entry.name in chosen) and not entry.tensor.is_floating_point():
+                raise ConfigError(
+                    f"{entry.name} is {entry.tensor.dtype} and has no gradient: tune an adapter (scheme lora) on a quantised "
+                    "base, or take a method without back-propagation"
+                )
         frozen = [e.tensor for e in view if chosen is not None and e.name not in chosen and e.tensor.requires_grad]
         for tensor in frozen:
             tensor.requires_grad_(False)
         mode = model.training
-        model.train()
+        model.train(dropout)
         try:
             weight = sum(_labels(batch, self.engine) for batch in self.batches)
             total = 0.0
@@ -95,7 +131,9 @@ class ModelObjective:
 
 
 def _labels(batch: Batch, engine: Engine) -> int:
-    """Number of labels that carry loss in a batch: tokens, or rows where a row has one label."""
+    """Number of losses in a batch: label tokens, rows where a row has one label, or examples."""
+    if "groups" in batch:  # all options of each example: one loss an example
+        return batch["golds"].shape[0]
     labels = batch["labels"]
     rows = engine.kind == "classification" or labels.ndim == 1
     return labels.shape[0] if rows else targets(labels, engine.kind).tokens.numel()
@@ -132,8 +170,14 @@ class CalledObjective:
         total, weight = self.sums(probes, each=each)
         return total / weight
 
-    def backward(self, names: Iterable[str] | None = None) -> float:
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        raise ValueError("a trainer's own loss has no slope by forward mode; use smidgen's loss for this method")
+
+    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         raise ValueError("use the trainer itself for methods with back-propagation")
+
+    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+        raise ValueError("a trainer's own loss does not say what reaches the layers; use smidgen's loss for this method")
 
 
 class ClosureObjective:
@@ -167,13 +211,19 @@ class ClosureObjective:
                 entry.storage.copy_(saved[entry.name])
         return values
 
-    def backward(self, names: Iterable[str] | None = None) -> float:
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        return slope_in_place(self.view, direction, self.closure)
+
+    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         loss = self.closure()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise ValueError("the closure must return a loss with an autograd graph for this method")
         wanted = [self.view[n].tensor for n in (self.view.entries if names is None else names)]
         loss.backward(inputs=wanted)
         return loss.item()
+
+    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+        raise ValueError("a closure does not say what reaches the layers; give the optimizer an Objective of a model")
 
 
 class Recorded:
@@ -188,19 +238,36 @@ class Recorded:
         self.values.extend(answer.flatten().tolist())
         return answer
 
-    def backward(self, names: Iterable[str] | None = None) -> float:
-        loss = self.inner.backward(names)
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        answer = self.inner.slope(direction)
+        self.values.extend(answer)
+        return answer
+
+    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
+        loss = self.inner.backward(names, dropout=dropout)
         self.values.append(loss)
         return loss
 
+    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+        found = self.inner.input_squares(names)
+        for name in names:  # two sizes, then the values; sizes 0 for a name that is no linear weight
+            squares = found.get(name, torch.empty(0, 0))
+            self.values.extend([*map(float, squares.shape), *squares.flatten().tolist()])
+        return found
+
 
 class Replayed:
-    """Answers from a transcript. No model, no forward pass. Raises ValueError when the questions do not fit it."""
+    """Answers from a transcript. No model, no forward pass. Raises ValueError when the questions do not fit it.
+
+    `forwards` and `jvps` count what the questions cost when they were answered live, for each micro-batch: a probe is one
+    forward, a slope is one forward and one jvp.
+    """
 
     key: Hashable = None
 
     def __init__(self, values: Sequence[float]):
         self.values, self._next = values, 0
+        self.forwards = self.jvps = 0
 
     def _take(self, count: int) -> Sequence[float]:
         taken = self.values[self._next : self._next + count]
@@ -213,13 +280,28 @@ class Replayed:
         return taken
 
     def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
+        self.forwards += len(probes)
         if each:
             count = (len(self.values) - self._next) // max(1, len(probes)) * len(probes)
             return torch.tensor(self._take(count), dtype=torch.float64).view(len(probes), -1)
         return torch.tensor(self._take(len(probes)), dtype=torch.float64)
 
-    def backward(self, names: Iterable[str] | None = None) -> float:
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        self.forwards, self.jvps = self.forwards + 1, self.jvps + 1
+        loss, slope = self._take(2)
+        return loss, slope
+
+    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         raise ValueError("a method that uses back-propagation cannot be replayed; resume it from a checkpoint")
+
+    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+        self.forwards += 1
+        found = {}
+        for name in names:
+            rows, columns = map(int, self._take(2))
+            if rows and columns:
+                found[name] = torch.tensor(self._take(rows * columns), dtype=torch.float64).view(rows, columns)
+        return found
 
     def done(self) -> bool:
         """Whether every recorded number was used."""
@@ -247,8 +329,25 @@ class Reduced:
             pair = _add_in_order(parts)
         return pair[0] / pair[1]
 
-    def backward(self, names: Iterable[str] | None = None) -> float:
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        if isinstance(self.inner, CalledObjective):
+            return self.inner.slope(direction)
+        mine = self.inner.slope_sums(direction)
+        parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, mine)
+        loss, tangent, weight = _add_in_order(parts).tolist()
+        return loss / weight, tangent / weight
+
+    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         raise ValueError("methods with back-propagation run under accelerate's DDP or FSDP, as Trainer does")
+
+    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+        found = self.inner.input_squares(names)
+        for squares in found.values():
+            parts = [torch.empty_like(squares) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, squares)
+            squares.copy_(_add_in_order(parts))
+        return found
 
 
 def _add_in_order(parts: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen import noise
-from smidgen.directions import Dense, Distribution, Probe, restrict, width
+from smidgen.directions import Masked, OnePass, Probe, restrict, width
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -147,7 +147,8 @@ class ParamView:
         """theta <- round(decay * theta + sum(scale * z)): one pass over each tensor, float32 arithmetic, one rounding.
 
         `at` addresses the bits of the stochastic rounding (its tensor field is replaced by each tensor's id), `names`
-        restricts the update to some tensors, `decay` may differ by name. Cost: one sweep over the written tensors.
+        restricts the update to some tensors, `decay` may differ by name. Weights that the mask of all terms leaves out do
+        not change, nor decay. Cost: one sweep over the written tensors.
         """
         for name in self.entries if names is None else names:
             entry = self.entries[name]
@@ -160,11 +161,12 @@ class ParamView:
 
     def _apply_entry(self, entry: Entry, probe: Probe, decay: float, at: noise.Address, rounding: Rounding) -> None:
         weight = entry.storage if entry.tensor.is_contiguous() else entry.storage.contiguous()
-        distribution = _common_distribution(probe)
-        if distribution is not None:
-            terms = [(z.address(entry.name), s) for z, s in probe]  # type: ignore[attr-defined]
-            noise.update_(weight, terms, distribution, decay=decay, rounding=rounding, at=at)
+        whole = OnePass.of(probe, entry.name)
+        if whole is not None:
+            noise.update_(weight, whole.terms, whole.distribution, decay=decay, rounding=rounding, at=at, keep=whole.keep)
         else:
+            if decay != 1.0 and any(isinstance(z, Masked) for z, _ in probe):
+                raise ValueError(f"decay of {entry.name!r} is not defined where its directions differ in their masks")
             matrix = weight.view(-1, width(weight))
             step = max(1, _BLOCK // matrix.shape[1])
             for first in range(0, matrix.shape[0], step):
@@ -216,12 +218,6 @@ class ParamView:
         for name, value in saved.items():
             self.entries[name].storage.copy_(value)
             self.entries[name].version += 1
-
-
-def _common_distribution(probe: Probe) -> Distribution | None:
-    """The distribution shared by all terms when every one is a dense direction, else None."""
-    found = {z.distribution if type(z) is Dense else None for z, _ in probe}
-    return found.pop() if len(found) == 1 else ("rademacher" if not probe else None)
 
 
 def shapes(view: ParamView) -> dict[str, tuple[Sequence[int], torch.dtype]]:

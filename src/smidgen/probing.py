@@ -16,6 +16,7 @@ largest group of tensors that one module reads, at most the largest tuned tensor
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -25,17 +26,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smidgen.directions import Probe, displace, displace_rows, restrict
+from smidgen.directions import Direction, Probe
+from smidgen.forward_mode import Tangent, differentiated, plain_kernels_notice, slopes
 from smidgen.kinds import Kind
 from smidgen.linear import fast, layers
-from smidgen.lookup import LookedUp
+from smidgen.lookup import Displaced, Lens, LensedHead, LookedUp
 from smidgen.loss import (
     IGNORE,
+    NOT_INPUTS,
     Losses,
     PlainHead,
     Targets,
     choice_index,
     choice_logits,
+    grouped,
     head_nll,
     head_nll_differentiable,
     logits_nll,
@@ -43,51 +47,13 @@ from smidgen.loss import (
 )
 from smidgen.params import Entry, ParamView
 from smidgen.readers import ALIGN, Reader, Readers, aligned
+from smidgen.reuse import Held, Reuse
 
 log = logging.getLogger("smidgen")
 
 Batch = dict[str, Any]
 
 _LARGE = 64.0  # hidden states times this show a soft cap that ordinary ones stay below
-
-
-class _ProbedHead:
-    """The output head at theta + probe; a tuned weight is displaced block by block in scratch."""
-
-    def __init__(self, engine: Engine, module: nn.Linear, probe: Probe):
-        self._engine, self._probe = engine, probe
-        self._weight, self._bias = module.weight, module.bias
-        self.rows, self.width = module.weight.shape
-
-    def _displaced(self, parameter: Tensor | None, first: int, stop: int, slot: str) -> Tensor | None:
-        if parameter is None:
-            return None
-        block = parameter.detach()[first:stop]
-        entry = self._engine.entry_of(parameter)
-        if entry is None or not restrict(self._probe, entry.name):
-            return block
-        out = self._engine.scratch(slot, block)
-        displace(self._probe, entry.name, block.contiguous(), out, first=first)
-        return out
-
-    def block(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        weight = self._displaced(self._weight, first, stop, "head")
-        assert weight is not None
-        return weight, self._displaced(self._bias, first, stop, "head bias")
-
-    def gather(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        rows = []
-        for parameter in (self._weight, self._bias):
-            if parameter is None:
-                rows.append(None)
-                continue
-            entry, table = self._engine.entry_of(parameter), parameter.detach()
-            picked = table[ids]
-            if entry is not None and restrict(self._probe, entry.name):
-                matrix = table.view(table.shape[0], -1)
-                displace_rows(self._probe, entry.name, matrix, ids, picked.view(ids.shape[0], -1))
-            rows.append(picked)
-        return rows[0], rows[1]  # type: ignore[return-value]
 
 
 class Engine:
@@ -102,6 +68,7 @@ class Engine:
         self.forwards = 0  # model evaluations so far
         self.tokens = 0  # input tokens of those evaluations
         self.backwards = 0  # back-propagations so far
+        self.jvps = 0  # evaluations in forward mode so far; `forwards` counts each as one too
         self.bad_steps = 0  # steps without a finite loss so far
         self._entries = {id(e.tensor): e for e in view}
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
@@ -109,8 +76,14 @@ class Engine:
         self._head = _output_head(model) if kind != "classification" else None
         self._own_head = self._head is not None and not isinstance(self._head, nn.Linear)
         self.readers = Readers(model, view)
+        self.reuse = Reuse(view)
         self._checked = False
         self._linear = layers(model)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The output head over the vocabulary; None where there is none."""
+        return self._head
 
     def entry_of(self, parameter: Tensor) -> Entry | None:
         """The view's entry of a parameter, or None when it is frozen."""
@@ -142,16 +115,21 @@ class Engine:
 
         `head=False` leaves the output head as it is: the caller applies it with `smidgen.loss`.
         """
-        if not probe:
+        with contextlib.nullcontext() if not probe else self._through(Displaced(probe), head=head):
             yield
-            return
+
+    @contextlib.contextmanager
+    def _through(self, lens: Lens, *, head: bool) -> Iterator[None]:
+        """Inside this context modules see their tuned tensors through a lens."""
         saved: list[tuple[nn.Module, str, Tensor]] = []
         handles = []
         try:
             for reader in self.readers:
                 if not head and reader.module is self._head:
                     continue
-                enter, leave = self._hooks(reader, probe, saved)
+                if not any(lens.touches(e.name) for e, _, _ in reader.tensors):
+                    continue
+                enter, leave = self._hooks(reader, lens, saved)
                 if reader.module is None:
                     enter()
                 else:
@@ -165,9 +143,9 @@ class Engine:
                 owner._parameters[attribute] = tensor  # type: ignore[assignment]
 
     def _hooks(
-        self, reader: Reader, probe: Probe, saved: list[tuple[nn.Module, str, Tensor]]
+        self, reader: Reader, lens: Lens, saved: list[tuple[nn.Module, str, Tensor]]
     ) -> tuple[Callable[..., None], Callable[..., None]]:
-        tensors = [(e, owner, a) for e, owner, a in reader.tensors if restrict(probe, e.name)]
+        tensors = [(e, owner, a) for e, owner, a in reader.tensors if lens.touches(e.name)]
         originals = [(owner, a, owner._parameters[a]) for _, owner, a in tensors]
         saved.extend(originals)  # type: ignore[arg-type]
         slot = reader.name if reader.nested else "common"
@@ -180,12 +158,11 @@ class Engine:
                 weight = entry.storage
                 if rows_only and attribute == "weight" and owner is reader.module:
                     table = torch.Tensor._make_subclass(LookedUp, weight)
-                    table.probe, table.entry = probe, entry
+                    table.lens, table.entry = lens, entry
                     owner._parameters[attribute] = table  # type: ignore[assignment]
                     continue
                 out = self.scratch(slot, weight, offset, total)
-                displace(probe, entry.name, weight.contiguous(), out)
-                owner._parameters[attribute] = out  # type: ignore[assignment]
+                owner._parameters[attribute] = lens.block(entry, weight, out)  # type: ignore[assignment]
                 offset += aligned(weight.numel() * weight.element_size())
 
         def leave(*_: Any) -> None:
@@ -196,14 +173,48 @@ class Engine:
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch, probe: Probe = ()) -> Losses:
+    def losses(self, batch: Batch, probe: Probe = (), held: Held | None = None) -> Losses:
         """Loss of each label of one micro-batch at theta + probe. No gradient, evaluation mode, theta untouched.
 
-        Cost: one forward; memory of a forward without gradient, without the logits of unlabelled positions.
+        Cost: one forward; memory of a forward without gradient, without the logits of unlabelled positions. With `held`,
+        the micro-batch's hidden states at theta, layers below the probe are not run again; see `smidgen.reuse`.
         """
         self._check_once(batch)
+        if held is None or not self.reuse.every:
+            return self._evaluate(batch, probe)
+        if self.reuse.open:
+            few = _few(batch)
+            self.reuse.locate(self.model, self.readers, lambda: self._uncounted(few, ()))
+        run, again = (functools.partial(f, batch, probe) for f in (self._evaluate, self._uncounted))
+        return self.reuse.evaluate(held, probe, run, again)
+
+    def _evaluate(self, batch: Batch, probe: Probe) -> Losses:
         with self._evaluating(), self.displaced(probe, head=self._own_head):
-            return self._losses(batch, self._probed_head(probe), head_nll)
+            return self._losses(batch, self._seen_head(Displaced(probe)), head_nll)
+
+    def _uncounted(self, batch: Batch, probe: Probe) -> Losses:
+        """An evaluation that checks us, not one that was asked for."""
+        counts = self.forwards, self.tokens
+        try:
+            return self._evaluate(batch, probe)
+        finally:
+            self.forwards, self.tokens = counts
+
+    def slope(self, batch: Batch, direction: Direction) -> tuple[Losses, Tensor]:
+        """Losses of one micro-batch at theta, and the derivative of each along a direction [n], by forward mode.
+
+        Cost: see `smidgen.forward_mode`; counted as one forward, and in `jvps`. Theta is untouched. Raises ConfigError
+        for a model with an operation that has no forward mode.
+        """
+        self._check_once(batch)
+        if not self.jvps and (line := plain_kernels_notice(_unwrapped(self.model))) is not None:
+            log.warning(line)
+        lens = Tangent(direction)
+        with self._evaluating(), differentiated(_unwrapped(self.model)), self._through(lens, head=self._own_head):
+            found = self._losses(batch, self._seen_head(lens), head_nll)
+            nll, tangent = slopes(found.nll)
+        self.jvps += 1
+        return found._replace(nll=nll), tangent
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -222,7 +233,7 @@ class Engine:
             choices = batch["choices"]
             if logits is not None:
                 return logits[:, choices].float()
-            return choice_logits(hidden, choices, self._probed_head(probe))
+            return choice_logits(hidden, choices, self._seen_head(Displaced(probe)))
 
     def call(self, loss: Callable[[], Tensor], probe: Probe = ()) -> Tensor:
         """Any loss of the model, called unchanged at theta + probe (a trainer's own `compute_loss`)."""
@@ -245,15 +256,15 @@ class Engine:
         size = batch["labels"].shape[0]
         choices, tokens = batch.get("choices"), where.tokens
         if logits is None and choices is None:
-            return Losses(nll(hidden, tokens, head), where.rows, size)
+            return grouped(Losses(nll(hidden, tokens, head), where.rows, size), batch)
         if choices is not None:
             logits = choice_logits(hidden, choices, head) if logits is None else logits[:, choices]
             tokens = choice_index(tokens, choices)
         assert logits is not None
-        return Losses(logits_nll(logits, tokens), where.rows, size)
+        return grouped(Losses(logits_nll(logits, tokens), where.rows, size), batch)
 
-    def _probed_head(self, probe: Probe) -> Any:
-        return _ProbedHead(self, self._head, probe) if self._applies_head_itself() else None  # type: ignore[arg-type]
+    def _seen_head(self, lens: Lens) -> Any:
+        return LensedHead(self._head, lens, self.entry_of, self.scratch) if self._applies_head_itself() else None  # type: ignore[arg-type]
 
     def _applies_head_itself(self) -> bool:
         return self._head is not None and not self._own_head
@@ -265,7 +276,7 @@ class Engine:
         if self._head is not None:
 
             def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                picked = args[0][where.keep]
+                picked = _of_row(args[0], where)[where.keep]
                 caught.append(picked)
                 return (picked[None] * factor if self._own_head else args[0][:, :0], *args[1:])
 
@@ -276,11 +287,11 @@ class Engine:
             if handle is not None:
                 handle.remove()
         if not caught:  # the model computes logits without calling its head
-            return logits, logits[where.keep]
+            return logits, _of_row(logits, where)[where.keep]
         return (caught[0], logits[0]) if self._own_head else (caught[0], None)
 
     def _forward(self, batch: Batch) -> Any:
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "choices")}
+        inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
         if "use_cache" in self._accepted:
             inputs["use_cache"] = False
         if self.kind == "seq2seq" and "decoder_input_ids" not in inputs:
@@ -298,6 +309,10 @@ class Engine:
         with torch.no_grad(), _evaluation_mode(self.model):
             self.readers.locate(run)
         self.forwards, self.tokens = counts
+
+    def prepare(self, batch: Batch) -> None:
+        """The self-check on a batch as for `losses`, unless one was made: what `call` needs before its first probe."""
+        self._check_once(batch)
 
     def _check_once(self, batch: Batch) -> None:
         if not self._checked:
@@ -349,9 +364,15 @@ def _class_losses(logits: Tensor, labels: Tensor) -> Losses:
     return Losses(logits_nll(logits, labels.view(-1)), rows, labels.shape[0])
 
 
+def _of_row(x: Tensor, where: Targets) -> Tensor:
+    """x [B, m + T, ...] without the positions of m virtual tokens that a scheme puts before the row -> [B, T, ...]."""
+    return x[:, x.shape[1] - where.keep.shape[1] :]
+
+
 def _few(batch: Batch) -> Batch:
     """The first two rows with at most four labels: enough for a self-check."""
-    few = {k: v if k == "choices" or not isinstance(v, Tensor) else v[:2] for k, v in batch.items()}
+    kept = {k: v for k, v in batch.items() if k not in NOT_INPUTS or k in ("labels", "choices")}
+    few = {k: v if k == "choices" or not isinstance(v, Tensor) else v[:2] for k, v in kept.items()}
     if few["labels"].ndim == 2:
         labelled = few["labels"] != IGNORE
         later = labelled.flatten().cumsum(0).view_as(labelled) > 4

@@ -24,7 +24,7 @@ DataSpec = str | Path | Source | Sequence["str | Source"]
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched"),
     "test": ("test",),
 }
 _EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import transformers
 
-from smidgen import __version__, adapt, data, memory, models
+from smidgen import __version__, adapt, data, memory, models, presets
 from smidgen import config_file as configuration
 from smidgen import folder as folders
-from smidgen.collate import Collator
-from smidgen.config import Interrupted, MemoryRefused, RunConfig, UserError, notice
-from smidgen.encode import encode
-from smidgen.evaluate import Evaluation, evaluation
+from smidgen.card import model_card
+from smidgen.config import ConfigError, Interrupted, MemoryRefused, RunConfig, UserError, notice
+from smidgen.evaluate import HEADLINES, Evaluation, evaluation
+from smidgen.goal import GENERATED, choose_goal, prepare
 from smidgen.kinds import Kind, detect_kind, head_of
 from smidgen.params import canonical
 from smidgen.provenance import weights_sha256
@@ -62,11 +62,25 @@ def load(config: RunConfig, classes: int | None) -> Loaded:
         seed=config.seed % 2**63,
         trust_remote_code=config.trust_remote_code,
     )
+    context = _room(models.context_length(model.config, tokenizer), options.positions, config.max_length)
     scheme = adapt.get(config.scheme)
     adapted = scheme.build(
         model, options, seed=config.seed % 2**63, fresh=[canonical(n) for n in models.fresh_parameters(model)]
     )
-    return Loaded(adapted, tokenizer, kind, models.context_length(model.config, tokenizer))
+    return Loaded(adapted, tokenizer, kind, context)
+
+
+def _room(context: int | None, taken: int, asked: int | None) -> int | None:
+    """Positions of a model's context that its scheme leaves to rows. Raises ConfigError where there are not enough."""
+    if context is None or not taken:
+        return context
+    if context - taken < max(2, asked or 0):
+        rows = f" and max_length {asked}" if asked else ""
+        raise ConfigError(
+            f"{taken} virtual tokens{rows} do not fit the model's {context} positions: give fewer of them (scheme_args.tokens)"
+            + (f", or max_length at most {context - taken}" if context - taken >= 2 else "")
+        )
+    return context - taken
 
 
 def say_aloud(line: str) -> None:
@@ -77,8 +91,7 @@ def say_aloud(line: str) -> None:
 def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) -> dict[str, Any]:
     """Train as configured and return the content of result.json. Everything that can be refused is refused before the
     folder is touched. Raises UserError, whose `exit_code` is the command's."""
-    if config.resume:
-        config = folders.resumed(config)
+    config = folders.resumed(config) if config.resume else presets.fill(config, say)
     scheme_config(config)
     method_config(config.method, config.preset, config.method_args)
     folder = Path(config.output) if config.output else folders.default_output(config)
@@ -88,24 +101,30 @@ def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) 
         folders.refuse_occupied(folder, config.force)
     say(memory_line(config, device()))
     corpus = data.open_corpus(config, notify=notice)
-    examples = corpus.examples("train")
+    kind = _check_kind(config, corpus)
+    goal = choose_goal(config, corpus, kind)
+    tokenizer = None
+    if config.chat == "model":  # its template renders the prompts
+        tokenizer = models.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    examples = corpus.examples("train", kind, tokenizer)
     if not config.resume:
         config = choose(config, len(examples), say)
     arguments = training_arguments(config, folder)
-    _check_kind(config, corpus)
     if dry_run:
         return {"status": "dry run", "output": str(folder), "rows": len(examples), "config": configuration.dump(config)}
     with folders.locked(folder), Signals() as signals, _explained(config, folder):
         if config.force and not config.resume:
             folders.clear(folder)
-        return _train(config, folder, corpus, examples, arguments, signals, say)
+        return _train(config, folder, corpus, examples, goal, arguments, signals, say)
 
 
-def _check_kind(config: RunConfig, corpus: data.Corpus) -> None:
-    """Raise ConfigError when the model cannot predict what the data ask for, before its weights are read."""
+def _check_kind(config: RunConfig, corpus: data.Corpus) -> Kind:
+    """The model's kind. Raises ConfigError when it cannot predict what the data ask for, before its weights are read."""
     found = models.load_config(config.model, trust_remote_code=config.trust_remote_code)
     kind = detect_kind(found, corpus.words is not None) if config.kind == "auto" else config.kind
     head_of(config.model, found, kind, trust_remote_code=config.trust_remote_code)
+    _room(models.context_length(found), scheme_config(config).positions, config.max_length)
+    return kind
 
 
 @contextlib.contextmanager
@@ -173,7 +192,8 @@ class _Report(transformers.TrainerCallback):
 
 def line(logs: dict[str, Any]) -> str:
     """The measures of a log step that fit on a line."""
-    shown = ("loss", "eval_loss", "eval_accuracy", "learning_rate", "grad_norm", "zo/projected_grad")
+    measures = ("loss", *(f"eval_{name}" for name in ("loss", "accuracy", "f1", "exact_match")))
+    shown = (*measures, "learning_rate", "grad_norm", "zo/projected_grad")
     return "  ".join(f"{k} {logs[k]:.4g}" for k in shown if isinstance(logs.get(k), (int, float)))
 
 
@@ -182,6 +202,7 @@ def _train(
     folder: Path,
     corpus: data.Corpus,
     examples: list[Any],
+    goal: str,
     arguments: transformers.TrainingArguments,
     signals: Signals,
     say: Say,
@@ -196,15 +217,25 @@ def _train(
     classes = None if corpus.words is None else len(corpus.words)
     loaded = load(config, classes)
     adapted, tokenizer, kind = loaded.adapted, loaded.tokenizer, loaded.kind
-    rows = encode(examples, tokenizer, kind, config.max_length, context=loaded.context)
+    prepared = prepare(
+        goal,
+        examples,
+        tokenizer,
+        kind,
+        name=corpus.name,
+        max_length=config.max_length,
+        context=loaded.context,
+        position_ids=models.wants_position_ids(adapted.model),
+        scoring=config.scoring,
+    )
+    rows = prepared.rows
     for remark in rows.notices:
         notice(remark)
     if config.max_length is None:
         say(f"max_length = {rows.max_length}  (95th percentile of the training rows, capped)")
         config = configuration.with_values(config, {"max_length": rows.max_length})
-    positions = models.wants_position_ids(loaded.adapted.model)
-    collator = Collator(tokenizer.pad_token_id, kind, rows.choices, position_ids=positions)
-    splits = _splits(config, corpus, loaded, collator)
+    names = {"dev": "validation"} | ({"test": "test"} if corpus.has("test") else {})
+    splits = {name: evaluation_of(config, corpus, loaded, split) for name, split in names.items()}
     if not config.resume:
         folders.write_json(folder / folders.ENVIRONMENT, environment())
         folders.write_text(
@@ -215,7 +246,7 @@ def _train(
         args=arguments,
         train_dataset=rows,  # type: ignore[arg-type]
         eval_dataset=splits["dev"].rows,  # type: ignore[arg-type]
-        data_collator=collator,
+        data_collator=prepared.collator,
         processing_class=tokenizer,
         callbacks=[_Report(folder, signals, uses_backward(config.method), say)],
         method=config.method,
@@ -226,9 +257,13 @@ def _train(
         fresh=adapted.fresh,
         max_bad_steps=config.max_bad_steps,
         evaluation=splits["dev"],
+        build=prepared.build,
         facts={"classes": classes},
     )
     trainer.remove_callback(transformers.PrinterCallback)  # our lines instead
+    trainer.create_optimizer()
+    assert trainer.engine is not None
+    trainer.engine.reuse.every = config.reuse
     tuned, total = adapted.view.numel(), sum(p.numel() for p in adapted.model.parameters())
     steps = arguments.max_steps
     say(f"{config.method} on {tuned:,} of {total:,} weights ({kind}, {config.scheme}): {len(rows)} rows, {steps} steps")
@@ -237,9 +272,9 @@ def _train(
         before = trainer.measure(splits["dev"])
         folders.append_metrics(folder, {"step": 0, "before": before})
     say("before  " + line({f"eval_{k}": v for k, v in before.items()}))
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     trainer.train(resume_from_checkpoint=True if config.resume else None)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     if signals.received and trainer.state.global_step < arguments.max_steps:
         raise Interrupted(
             f"stopped by {signals.received} after step {trainer.state.global_step}, nothing is lost: "
@@ -255,7 +290,8 @@ def _train(
     assert engine is not None
     result = {
         "status": "done",
-        "metric": "accuracy" if "accuracy" in before else "loss",
+        "metric": next(name for name in HEADLINES if name in before),
+        "objective": goal,
         "before": before,
         **after,
         "steps": trainer.state.global_step,
@@ -264,6 +300,7 @@ def _train(
         "backwards": engine.backwards,
         "tokens": engine.tokens,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_bytes": peak,
         "tuned_weights": tuned,
         "weights": total,
@@ -279,23 +316,30 @@ def _train(
     return result
 
 
-def _splits(config: RunConfig, corpus: data.Corpus, loaded: Loaded, collator: Collator) -> dict[str, Evaluation]:
-    """The dev split, and the test split where the source has one."""
-    longest = min(loaded.context or _EVAL_LENGTH, max(config.max_length or 0, _EVAL_LENGTH))
-    names = {"dev": "validation"} | ({"test": "test"} if corpus.has("test") else {})
-    return {
-        name: evaluation(
-            corpus,
-            split,
-            loaded.tokenizer,
-            loaded.kind,
-            max_length=longest,
-            context=loaded.context,
-            collator=collator,
-            batch_size=config.train.per_device_eval_batch_size,
-        )
-        for name, split in names.items()
-    }
+def evaluation_of(
+    config: RunConfig,
+    corpus: data.Corpus,
+    loaded: Loaded,
+    split: str,
+    *,
+    batch_size: int | None = None,
+    generated: bool = False,
+) -> Evaluation:
+    """A split of a corpus, ready to be measured with a model; generated: answers are generated even where the task has
+    none of free text. Raises DataError and ConfigError as `smidgen.evaluate` does."""
+    return evaluation(
+        corpus,
+        split,
+        loaded.tokenizer,
+        loaded.kind,
+        max_length=min(loaded.context or _EVAL_LENGTH, max(config.max_length or 0, _EVAL_LENGTH)),
+        context=loaded.context,
+        batch_size=batch_size or config.train.per_device_eval_batch_size,
+        position_ids=models.wants_position_ids(loaded.adapted.model),
+        scoring=config.scoring,
+        compared={"answer": False, "choice": True}.get(config.objective),
+        generated=generated or config.objective in GENERATED,
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -312,43 +356,3 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
-
-
-_AUTO = {
-    "causal": "ModelForCausalLM",
-    "masked": "ModelForMaskedLM",
-    "classification": "ModelForSequenceClassification",
-    "seq2seq": "ModelForSeq2SeqLM",
-}
-
-
-def model_card(config: RunConfig, result: dict[str, Any]) -> str:
-    """README.md of the run: how to load it, how it was made, what it reached."""
-    library, prefix = ("transformers", "Auto") if config.scheme == "full" else ("peft", "AutoPeft")
-    loader = prefix + _AUTO[result["kind"]]
-    before, after = result["before"], result["dev"]
-    figures = "\n".join(f"| {k} | {before[k]:.4f} | {after[k]:.4f} |" for k in before if k in after)
-    base = "smidgen's embedded model" if config.model == "embedded" else config.model
-    front = "" if Path(config.model).is_dir() or config.model == "embedded" else f"base_model: {config.model}\n"
-    return f"""---
-{front}library_name: {library}
-tags: [smidgen, {config.method}, {config.scheme}]
----
-
-# {base}, tuned by {config.method} ({config.scheme})
-
-```python
-from {library} import {loader}
-
-model = {loader}.from_pretrained("{result["output"]}")
-```
-
-| dev | before | after |
-|---|---|---|
-{figures}
-
-{result["steps"]} steps, {result["forwards"]} forwards, {result["backwards"]} backwards, {result["seconds"]:.0f} s, peak memory
-{result["peak_bytes"] / 2**20:.0f} MiB over the loaded libraries. Weights sha256 `{result["weights_sha256"]}`.
-All settings are in `{folders.RESOLVED}`, versions in `{folders.ENVIRONMENT}`.
-Repeat it with `smidgen train {folders.RESOLVED} output=NEW_FOLDER`.
-"""

@@ -17,7 +17,7 @@ from smidgen.config import Source
 from smidgen.rows import DataSpec, canonical_split, has_split, read_rows
 from smidgen.tasks import Row
 
-__all__ = ["Splits", "mix", "row_hash", "split_rows", "take"]
+__all__ = ["Splits", "draw", "mix", "row_hash", "split_rows", "take"]
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # chosen: a tenth of the rows, enough for +-2 points of accuracy
 
@@ -59,6 +59,21 @@ def take(items: list[Item], count: int | None, content: Callable[[Item], Any] = 
     return [items[index] for index in sorted(order[:count])]
 
 
+def draw(rows: Sequence[Row], training: int, dev: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, dev rows) of a benchmark, drawn from the same rows by seed; without balancing classes.
+
+    As MeZO draws them (one permutation, the first `training`, then `dev`), but by hash, and an equal row is never in
+    both. Of fewer rows than asked, both get their share.
+    """
+    share = min(1.0, len(rows) / (training + dev))
+    training, dev = round(share * training), round(share * dev)
+    hashes = [row_hash(row, f"benchmark {seed}") for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: (hashes[index], index))
+    seen = {hashes[index] for index in order[:training]}
+    held = [index for index in order[training : training + dev] if hashes[index] not in seen]
+    return [rows[index] for index in sorted(order[:training])], [rows[index] for index in sorted(held)]
+
+
 def mix(parts: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> list[Row]:
     """One epoch of several sources, spread evenly: source k shows each row weights[k] times (a part of one by hash)."""
     if len(parts) == 1 and weights[0] == 1:
@@ -76,18 +91,25 @@ def mix(parts: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> 
 
 @dataclass
 class Splits:
-    """Reader of a run's rows: own splits where the source has them, else a part of its training rows held out."""
+    """Reader of a run's rows: own splits where the source has them, else a part of its training rows held out.
+
+    sizes: (training, dev, test) rows of a benchmark: training and dev drawn from the training rows, and the test from
+    the validation rows, the same for every seed, because the test rows of most sets are published without labels.
+    """
 
     data: Sequence[str | Source]
     eval_data: DataSpec | None
     seed: int
     notify: Callable[[str], None]
+    sizes: tuple[int, int, int] | None = None
     _read: dict[str, list[Row]] = field(default_factory=dict)
 
     def rows(self, split: str) -> list[Row]:
         split = canonical_split(split)
         if split not in self._read:
-            if split == "test":
+            if self.sizes is not None:
+                self._read_benchmark(split, self.sizes)
+            elif split == "test":
                 self._read[split] = read_rows(self.data, "test")
             elif split == "validation" and self.eval_data is not None:
                 named = has_split(self.eval_data, "validation")
@@ -100,7 +122,23 @@ class Splits:
 
     def has(self, split: str) -> bool:
         """Whether the source has this split; rows for validation are held out where it has none."""
-        return canonical_split(split) != "test" or has_split(self.data, "test")
+        if canonical_split(split) != "test":
+            return True
+        return has_split(self.data, "test") or (self.sizes is not None and has_split(self.data, "validation"))
+
+    def _read_benchmark(self, split: str, sizes: tuple[int, int, int]) -> None:
+        training, dev, test = sizes
+        if split == "test":
+            named = "validation" if has_split(self.data, "validation") else "test"
+            rows = read_rows(self.data, named)
+            self._read[split] = take(rows, test)
+            self.notify(f"the test rows are {len(self._read[split])} of the {len(rows)} {named} rows")
+            return
+        rows = read_rows(self.data, "train")
+        self._read["train"], self._read["validation"] = draw(rows, training, dev, self.seed)
+        made = len(self._read["train"]), len(self._read["validation"])
+        less = "" if made == (training, dev) else f", fewer than the published {training} and {dev}"
+        self.notify(f"{made[0]} rows to train on and {made[1]} dev rows, drawn from {len(rows)} training rows{less}")
 
     def _read_training(self) -> None:
         parts: list[list[Row]] = []

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from smidgen import journal, optim
+from smidgen import presets as published
 from smidgen.config import ConfigError, Diverged, nearest, notice
 from smidgen.folder import JOURNAL
 from smidgen.objective import CalledObjective, ModelObjective, Objective, Recorded, Reduced, Replayed
@@ -39,9 +40,12 @@ def method_config(method: str, preset: str | None, options: dict[str, Any]) -> A
     """A method's validated options: its defaults, then the preset, then `options`. Raises ConfigError."""
     module = optim.get(method)
     presets = getattr(module, "PRESETS", {})
-    if preset is not None and preset not in presets:
+    if preset is not None and "/" in preset:
+        values = {**published.method_options(preset, method), **options}
+    elif preset is not None and preset not in presets:
         raise ConfigError(f"{method} has no preset {preset!r}; it has: {', '.join(presets) or 'none'}")
-    values = {**presets.get(preset, {}), **options}
+    else:
+        values = {**presets.get(preset, {}), **options}
     known = module.Config.model_fields
     for name in values:
         if name not in known:
@@ -58,6 +62,16 @@ def method_config(method: str, preset: str | None, options: dict[str, Any]) -> A
 def uses_backward(method: str) -> bool:
     """Whether a method back-propagates; such a run resumes from checkpoints and has no journal."""
     return "backward" in _optimizer_class(optim.get(method)).uses
+
+
+def _refuse_quantised(method: str, model: Any) -> None:
+    """Raise ConfigError where back-propagation would have to tune quantised weights."""
+    base = getattr(model, "is_quantized", False) or getattr(getattr(model, "base_model", None), "is_quantized", False)
+    if base and not hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"{method} back-propagates, and the weights of this base are quantised and have no gradient: tune an adapter "
+            "(--scheme lora), or take a method without back-propagation"
+        )
 
 
 def _optimizer_class(module: Any) -> type[Optimizer]:
@@ -80,6 +94,7 @@ class ForwardOnlyMixin:
     preset: str | None = None
     method_args: dict[str, Any] = {}
     own_loss = False
+    build: Callable[[Engine, list[Batch]], Any] | None = None
 
     def __init__(
         self,
@@ -96,6 +111,8 @@ class ForwardOnlyMixin:
     ):
         self.method = method or self.method
         self.backward = uses_backward(self.method)
+        if self.backward:
+            _refuse_quantised(self.method, kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
         training = self.args  # type: ignore[attr-defined]
         options = {"seed": training.seed, **self.method_args, **(method_args or {})}
@@ -205,9 +222,11 @@ class ForwardOnlyMixin:
                 raise ConfigError(
                     f"the journal's step {t} has learning rate {record.lrs[0]}, this run {lrs[0]}: resume unchanged"
                 )
-            loss = opt.step(Replayed(record.values))  # its forwards were made by the first start, for this run
-            engine.forwards += len(record.values) * len(batches)
-            engine.tokens += len(record.values) * sum(b["input_ids"].numel() for b in batches if "input_ids" in b)
+            replayed = Replayed(record.values)
+            loss = opt.step(replayed)  # its forwards were made by the first start, for this run
+            engine.forwards += replayed.forwards * len(batches)
+            engine.jvps += replayed.jvps * len(batches)
+            engine.tokens += replayed.forwards * sum(b["input_ids"].numel() for b in batches if "input_ids" in b)
         elif self.backward:
             loss = opt.step(self._objective(batches, items))
         else:
@@ -219,7 +238,7 @@ class ForwardOnlyMixin:
                 self._writer.append([g["lr"] for g in opt.param_groups], recorded.values, flags)
         assert opt.outcome is not None
         engine.bad_steps += not opt.outcome.written
-        opt.spent = {name: getattr(engine, name) for name in ("forwards", "tokens", "backwards", "bad_steps")}
+        opt.spent = {name: getattr(engine, name) for name in ("forwards", "tokens", "backwards", "jvps", "bad_steps")}
         if opt.bad_steps >= self.max_bad_steps:
             raise Diverged(
                 f"{opt.bad_steps} steps in a row had no finite loss (the last is step {t}): "
@@ -231,8 +250,11 @@ class ForwardOnlyMixin:
     def _objective(self, batches: list[Batch], items: Any) -> Objective:
         engine = self.engine
         assert engine is not None
-        if self.own_loss:
-            inner: ModelObjective | CalledObjective = ModelObjective(engine, batches)
+        inner: Any
+        if self.build is not None:
+            inner = self.build(engine, batches)
+        elif self.own_loss:
+            inner = ModelObjective(engine, batches)
         else:
             scaled = items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)  # type: ignore[attr-defined]
 
@@ -245,7 +267,10 @@ class ForwardOnlyMixin:
             self._checked = True
             inner = CalledObjective(engine, batches, called, scaled=scaled)
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return Reduced(inner) if ranks and torch.distributed.get_world_size() > 1 and not self.backward else inner
+        several = ranks and torch.distributed.get_world_size() > 1
+        if several and self.backward and "losses" in self.stepper.uses:
+            raise ConfigError(f"{self.method} mixes back-propagation and loss values: run it without torchrun, as one process")
+        return Reduced(inner) if several and not self.backward else inner
 
     # -- what Trainer reports -----------------------------------------------------------------------------------------
 
@@ -295,6 +320,8 @@ def forward_only(trainer: type, method: str = "zo_sgd", *, preset: str | None = 
     """
     if uses_backward(method):
         raise ConfigError(f"{method} uses back-propagation: use {trainer.__name__} as it is")
+    if "slope" in _optimizer_class(optim.get(method)).uses:
+        raise ConfigError(f"{method} differentiates smidgen's own loss, not that of {trainer.__name__}: use smidgen.Trainer")
     method_config(method, preset, options)
     attributes = {"method": method, "preset": preset, "method_args": options, "own_loss": False, "__doc__": trainer.__doc__}
     return type(f"ForwardOnly{trainer.__name__}", (ForwardOnlyMixin, trainer), attributes)
@@ -303,14 +330,15 @@ def forward_only(trainer: type, method: str = "zo_sgd", *, preset: str | None = 
 class Trainer(ForwardOnlyMixin, transformers.Trainer):  # type: ignore[misc]
     """The Trainer of a run: every method, our loss at label positions only, our evaluation.
 
-    `evaluation` maps a dataset to metrics (see `smidgen.evaluate`); by default only the loss is computed.
+    `evaluation` maps a dataset to metrics (see `smidgen.evaluate`); by default only the loss is computed. `build` makes a
+    step's objective of its engine and micro-batches; by default the loss of the rows.
     """
 
     own_loss = True
 
-    def __init__(self, *args: Any, evaluation: Any = None, **kwargs: Any):
+    def __init__(self, *args: Any, evaluation: Any = None, build: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._evaluation = evaluation
+        self._evaluation, self.build = evaluation, build
         self._measured: dict[int, tuple[int, dict[str, float]]] = {}
 
     def measure(self, evaluation: Callable[..., dict[str, float]]) -> dict[str, float]:

@@ -24,13 +24,20 @@ def values(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(3)) * 0.02).to(dtype)
 
 
-def agree(operation, *tensors: torch.Tensor, **options) -> bool:
+def masks(count: int) -> list[noise.Keep]:
+    """A drawn mask and a packed one, both of about a third."""
+    packed = noise.pack(torch.rand(count, generator=torch.Generator().manual_seed(8)) < 0.3)
+    return [noise.Drawn.share(Address(2**63 + 9, 2**31 + 5, 2**32 - 1, 3, noise.MASK), 1 / 3), packed]
+
+
+def agree(operation, *tensors: torch.Tensor, keep: noise.Keep | None = None, **options) -> bool:
     """The first tensor has the same bits after the operation on the GPU and, by the torch twin, on the CPU."""
     ours, theirs = [t.cuda() for t in tensors], [t.clone() for t in tensors]
     assert noise.backend("cuda") == "triton"
-    operation(*ours, **options)
+    masked = {} if keep is None else {"keep": keep}
+    operation(*ours, **{k: v.cuda() if torch.is_tensor(v) else v for k, v in masked.items()}, **options)
     with noise.use("torch"):
-        operation(*theirs, **options)
+        operation(*theirs, **masked, **options)
     return torch.equal(ours[0].cpu(), theirs[0])
 
 
@@ -58,6 +65,19 @@ def test_displace(dtype, distribution):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_accumulate(distribution):
     assert agree(noise.accumulate_, values(5001), terms=terms(2), distribution=distribution, start=9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("mask", [0, 1])
+def test_masked(dtype, distribution, mask):
+    weight, start, options = values(37, 611, dtype=dtype), 131, {"terms": terms(2), "distribution": distribution}
+    keep = masks(start + weight.numel())[mask]
+    assert agree(noise.update_, weight, keep=keep, start=start, decay=0.97, at=AT, **options)
+    assert agree(noise.displace_, torch.empty_like(weight), weight, keep=keep, start=start, **options)
+    assert agree(noise.accumulate_, values(5001), keep=keep, start=start, **options)
+    rows = torch.tensor([36, 0, 7, 7, 1])
+    assert agree(noise.displace_rows_, torch.empty(5, 611, dtype=dtype), weight, rows, keep=keep, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,18 +15,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from smidgen.noise import cuda
 
-def code(out, weight, rows, gaussian, stochastic):
+def code(out, weight, rows, gaussian, stochastic, keep):
     names = cuda._kernel.arg_names
-    constants = dict(OUT_KIND=out, WEIGHT_KIND=weight, ROWS=rows, GAUSSIAN=gaussian, STOCHASTIC=stochastic)
+    constants = dict(OUT_KIND=out, WEIGHT_KIND=weight, ROWS=rows, GAUSSIAN=gaussian, STOCHASTIC=stochastic, KEEP=keep)
     constants |= dict(TERMS=True, BLOCK=cuda.BLOCK)
     values = ["*fp32", "*i16"]
-    kinds = {"out": values[out > 0], "weight": values[weight > 0], "rows": "*i64", "table": "*i32"}
+    kinds = {"out": values[out > 0], "weight": values[weight > 0], "rows": "*i64", "table": "*i32", "bits": "*u8"}
     kinds |= {"decay": "fp32", "scale": "fp32"}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     source = ASTSource(fn=cuda._kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm
 
-for variant in [(0, 0, False, True, False), (2, 2, True, False, True)]:
+for variant in [(0, 0, False, True, False, cuda.DRAWN), (2, 2, True, False, True, cuda.PACKED)]:
     asm = code(*variant)
     assert len(asm["cubin"]) > 1000
     assert not re.search(r"fma\\.|\\.approx|\\.ftz", asm["ptx"]), variant

@@ -1,6 +1,7 @@
 """Tuning schemes: one public module a scheme, found by listing this folder.
 
-Each has `Config`, `status`, `build(model, config, *, seed, fresh) -> Adapted` and `EXPORTS`, the formats it can write.
+Each has `Config`, `status`, `build(model, config, *, seed, fresh) -> Adapted`, `EXPORTS`, the formats it can write, and
+`REFUSED`, those that it cannot with the reason.
 """
 
 from __future__ import annotations

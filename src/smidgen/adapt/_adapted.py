@@ -17,6 +17,11 @@ class SchemeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def positions(self) -> int:
+        """Positions of the model's context that the scheme takes for itself."""
+        return 0
+
 
 class Adapted(Protocol):
     """A model with its tuned tensors chosen."""
@@ -26,10 +31,13 @@ class Adapted(Protocol):
     fresh: Sequence[str]  # tuned tensors that are not in the base model
 
     def save(self, folder: Path) -> None:
-        """Write what was tuned, in Hugging Face's format for it."""
+        """Write what was tuned, in Hugging Face's format where there is one for it."""
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
 
     def merged(self) -> nn.Module:
-        """A plain model with the tuning merged in; for full fine-tuning the model itself."""
+        """A plain model with the tuning merged in; the model itself where its own weights were tuned.
+
+        Raises ConfigError with the reason where no plain model computes the same.
+        """

@@ -19,6 +19,7 @@ from smidgen.params import ParamView, canonical
 status = "experimental"
 
 EXPORTS = {"merged": "the whole model, for stock transformers"}
+REFUSED = {"adapter": "all weights of the model may have changed"}
 
 
 class Config(SchemeConfig):

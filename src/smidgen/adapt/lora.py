@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from smidgen.adapt._adapted import SchemeConfig
+from smidgen.adapt._peft import load_adapter, new_modules
 from smidgen.config import ConfigError, notice
 from smidgen.params import ParamView
 
@@ -27,6 +28,7 @@ EXPORTS = {
     "peft-lora": "the same as adapter",
     "merged": "the whole model with the product added in, for stock transformers",
 }
+REFUSED: dict[str, str] = {}
 
 
 class Config(SchemeConfig):
@@ -46,7 +48,7 @@ class LoRA:
     def __init__(self, model: nn.Module, config: Config, seed: int, fresh: Sequence[str]):
         import peft
 
-        heads = _new_modules(model, set(fresh))
+        heads = new_modules(model, set(fresh))
         options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
         if heads:
             options["modules_to_save"] = heads
@@ -68,24 +70,11 @@ class LoRA:
 
     def load(self, folder: Path) -> None:
         """Read adapter files into the tuned tensors."""
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"))
+        load_adapter(self.model, folder)
 
     def merged(self) -> nn.Module:
         """A copy of the base model with the product merged in; costs one copy of the model."""
         return copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
-
-
-def _new_modules(model: nn.Module, fresh: set[str]) -> list[str]:
-    """The outermost modules all of whose tensors are fresh: a new head, a new pooler."""
-    found: list[str] = []
-    for prefix, module in model.named_modules():
-        names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
-        inside = any(prefix.startswith(outer + ".") for outer in found)
-        if prefix and names and not inside and fresh.issuperset(names):
-            found.append(prefix)
-    return found
 
 
 def build(model: nn.Module, config: Config, *, seed: int = 0, fresh: Sequence[str] = ()) -> LoRA:

@@ -12,6 +12,9 @@ pass over the weights.
 Tensors are contiguous (ValueError otherwise), float32, bfloat16 or float16; float64 goes through the torch twin. Sums run
 in float32 from left to right, scales rounded to float32 first. `start` is the element number of a tensor's first
 element, so that blocks of rows can be worked on alone. Stochastic rounding applies to 16-bit tensors only.
+
+`keep` masks an operation: an element that it does not keep stays as it is (displaced: is its weight), bit for bit, also
+under decay; a kept one gets the bits that it would get without a mask. Masks are drawn (`Drawn`) or packed bits (`pack`).
 """
 
 from __future__ import annotations
@@ -38,8 +41,12 @@ from smidgen.noise.philox import (
     VERSION,
     Address,
     Distribution,
+    Drawn,
+    Keep,
     Term,
     check_range,
+    kept,
+    pack,
     sample,
 )
 
@@ -53,12 +60,16 @@ __all__ = [
     "VERSION",
     "Address",
     "Distribution",
+    "Drawn",
+    "Keep",
     "Rounding",
     "Term",
     "accumulate_",
     "backend",
     "displace_",
     "displace_rows_",
+    "kept",
+    "pack",
     "sample",
     "update_",
     "use",
@@ -75,14 +86,30 @@ _NATIVE = {"cpu": "numba", "cuda": "triton"}
 _forced: ContextVar[str | None] = ContextVar("noise backend", default=None)
 
 
-def displace_(out: Tensor, weight: Tensor, terms: Sequence[Term], distribution: Distribution, *, start: int = 0) -> None:
+def displace_(
+    out: Tensor,
+    weight: Tensor,
+    terms: Sequence[Term],
+    distribution: Distribution,
+    *,
+    start: int = 0,
+    keep: Keep | None = None,
+) -> None:
     """out <- nearest(weight + sum(scale * z)) in out's dtype. `out` and `weight` have one shape and may be one tensor."""
     if out.shape != weight.shape:
         raise ValueError(f"out has shape {tuple(out.shape)} and weight {tuple(weight.shape)}; they must be equal")
-    _run(out, weight, None, terms, distribution, 1.0, None, start)
+    _run(out, weight, None, terms, distribution, 1.0, None, start, keep)
 
 
-def displace_rows_(out: Tensor, weight: Tensor, rows: Tensor, terms: Sequence[Term], distribution: Distribution) -> None:
+def displace_rows_(
+    out: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    terms: Sequence[Term],
+    distribution: Distribution,
+    *,
+    keep: Keep | None = None,
+) -> None:
     """out[i] <- nearest(weight[rows[i]] + sum(scale * z[rows[i]])). weight [V, D], rows int64 [n], out [n, D].
 
     Raises IndexError for rows that the weight does not have; not on CUDA, where looking would cost a synchronisation.
@@ -92,14 +119,16 @@ def displace_rows_(out: Tensor, weight: Tensor, rows: Tensor, terms: Sequence[Te
             f"out {tuple(out.shape)}, weight {tuple(weight.shape)} and rows {tuple(rows.shape)} {rows.dtype} do not fit: "
             "they must be [n, D], [V, D] and int64 [n]"
         )
-    _run(out, weight, rows, terms, distribution, 1.0, None, 0)
+    _run(out, weight, rows, terms, distribution, 1.0, None, 0, keep)
 
 
-def accumulate_(out32: Tensor, terms: Sequence[Term], distribution: Distribution, *, start: int = 0) -> None:
+def accumulate_(
+    out32: Tensor, terms: Sequence[Term], distribution: Distribution, *, start: int = 0, keep: Keep | None = None
+) -> None:
     """out32 += sum(scale * z), float32."""
     if out32.dtype != torch.float32:
         raise ValueError(f"out32 is {out32.dtype}; sums of noise are float32")
-    _run(out32, out32, None, terms, distribution, 1.0, None, start)
+    _run(out32, out32, None, terms, distribution, 1.0, None, start, keep)
 
 
 def update_(
@@ -111,9 +140,10 @@ def update_(
     rounding: Rounding = "stochastic",
     at: Address,
     start: int = 0,
+    keep: Keep | None = None,
 ) -> None:
     """weight <- round(decay * weight + sum(scale * z)): one pass, one rounding. `at` addresses the rounding's bits."""
-    _run(weight, weight, None, terms, distribution, decay, _rounding(rounding, at), start)
+    _run(weight, weight, None, terms, distribution, decay, _rounding(rounding, at), start, keep)
 
 
 def write_(weight: Tensor, value32: Tensor, *, rounding: Rounding, at: Address, start: int = 0) -> None:
@@ -122,7 +152,7 @@ def write_(weight: Tensor, value32: Tensor, *, rounding: Rounding, at: Address, 
         raise ValueError(
             f"value32 is {value32.dtype} {tuple(value32.shape)}; it must be float32 of the weight's shape {tuple(weight.shape)}"
         )
-    _run(weight, value32, None, (), "rademacher", 1.0, _rounding(rounding, at), start)
+    _run(weight, value32, None, (), "rademacher", 1.0, _rounding(rounding, at), start, None)
 
 
 def backend(device: torch.device | str) -> str:
@@ -167,6 +197,7 @@ def _run(
     decay: float,
     at: Address | None,
     start: int,
+    keep: Keep | None,
 ) -> None:
     """Check what backends take for granted and hand over. The operations are all out <- round(decay * weight + sum)."""
     if not (out.is_contiguous() and weight.is_contiguous()):
@@ -179,12 +210,25 @@ def _run(
     device = weight.device
     if out.device != device or (rows is not None and rows.device != device):
         raise ValueError(f"the tensors are on different devices, {out.device} and {device}")
-    check_range(distribution, start, weight.numel(), at is not None)
+    check_range(distribution, start, weight.numel(), at is not None, isinstance(keep, Drawn))
+    if isinstance(keep, Tensor):
+        _check_bits(keep, device, start + weight.numel())
+    elif keep is not None and keep.digits == 0 and keep.threshold:
+        keep = None  # all elements
     forced = _forced.get()
     apply_ = _load(device.type)[1] if forced is None else importlib.import_module(_MODULES[forced]).apply_
-    apply_(out, weight, rows, terms, distribution, decay, at, start)
+    apply_(out, weight, rows, terms, distribution, decay, at, start, keep)
     if apply_ is not philox.apply_ and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # written behind autograd's back
+
+
+def _check_bits(keep: Tensor, device: torch.device, elements: int) -> None:
+    if keep.dtype != torch.uint8 or keep.ndim != 1 or not keep.is_contiguous() or keep.device != device:
+        raise ValueError(
+            f"a bit mask is a contiguous uint8 vector on {device}, not {keep.dtype} {tuple(keep.shape)} on {keep.device}"
+        )
+    if 8 * len(keep) < elements:
+        raise ValueError(f"the mask has {8 * len(keep)} bits for {elements} elements")
 
 
 def _rounding(rounding: Rounding, at: Address) -> Address | None:

@@ -6,7 +6,7 @@ narrow; float32 weights go from memory to memory. Its stages are written in expl
 
 Threads are those of torch: see `_team`.
 
-Cost: 9 KB of stack a thread; memory bandwidth for Rademacher (figures: benchmarks/noise.py).
+Cost: 10 KB of stack a thread; memory bandwidth for Rademacher (figures: benchmarks/noise.py).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from smidgen.noise.lanes import (
     I32,
     I64,
     Float,
+    U,
     Value,
     as_f,
     as_u,
@@ -43,6 +44,7 @@ from smidgen.noise.lanes import (
     lane_numbers,
     load,
     load_f,
+    load_mask,
     load_u16,
     loop,
     multiply,
@@ -58,9 +60,24 @@ from smidgen.noise.lanes import (
     store_u16,
     take,
     truncate_to_u,
+    union,
     where,
 )
-from smidgen.noise.philox import COS, INCREMENTS, LOG, MULTIPLIERS, ROUNDS, SIN, SQRT_HALF_BITS, TWO_LN2, Address, Term
+from smidgen.noise.philox import (
+    COS,
+    DIGITS,
+    INCREMENTS,
+    LOG,
+    MULTIPLIERS,
+    ROUNDS,
+    SIN,
+    SQRT_HALF_BITS,
+    TWO_LN2,
+    Address,
+    Drawn,
+    Keep,
+    Term,
+)
 
 log = logging.getLogger("smidgen")
 
@@ -73,10 +90,10 @@ GROUP = 128  # elements of a Rademacher block: the grain of all loops
 TILE = 16 * GROUP  # what one vector of 16 Rademacher blocks covers
 
 
-def blocks16(first: Value, address: Sequence[Value]) -> tuple[Value, ...]:
-    """Philox words of blocks first .. first + 15. `address`: seed low, seed high, tensor, step, query << 8 | purpose."""
+def blocks16(first: Value, address: Sequence[Value], stride: int = 1) -> tuple[Value, ...]:
+    """Philox words of sixteen blocks from `first` on. `address`: seed low, seed high, tensor, step, query << 8 | purpose."""
     k0, k1, b, c, d = address
-    a = lane_numbers(first.builder) + first
+    a = lane_numbers(first.builder) * stride + first
     for _ in range(ROUNDS):
         high0, low0 = multiply(a, MULTIPLIERS[0])
         high1, low1 = multiply(c, MULTIPLIERS[1])
@@ -228,25 +245,93 @@ def narrower(name: str, convert: Callable[[Value, Value | None], Value]) -> tupl
 nearest_bfloat16, stochastic_bfloat16 = narrower("bfloat16", to_bfloat16)
 nearest_float16, stochastic_float16 = narrower("float16", to_float16)
 
+
+@stage
+def begin_mask(state: Value, groups: Value) -> None:
+    """Elements of a tile whose uniform number equals the threshold so far: all; below it: none. Bits in vectors of words."""
+    every = lane_numbers(state.builder)
+    every = where(every < groups, 0xFFFFFFFF, every ^ every)
+    for part in range(4):
+        store(state + 64 * part, every)
+        store(state + 256 + 64 * part, every ^ every)
+
+
+@stage
+def draw_digit(state: Value, number: Value, digit: Value, one: Value, at: Value) -> None:
+    """Compare a digit of the uniform numbers with the threshold's, `one`. Bytes 512 .. 520: zero when none is equal now."""
+    ones, still = splat(0 - one), []
+    for part, w in enumerate(blocks16(splat((number >> 7 << 5) + digit), address_at(at), stride=DIGITS)):
+        equal, below = load(state + 64 * part, U), load(state + 256 + 64 * part, U)
+        store(state + 256 + 64 * part, below | equal & ones & (w ^ 0xFFFFFFFF))
+        equal = equal & (w ^ ones ^ 0xFFFFFFFF)
+        store(state + 64 * part, equal)
+        still.append(equal)
+    a, b, c, d = still
+    store(state + 512, union(a | b | c | d), 8)
+
+
+@stage
+def end_mask(bits: Value, state: Value) -> None:
+    """The bit mask of the tile: elements below the threshold."""
+    for part, some in enumerate(interleave(*(load(state + 256 + 64 * part, U) for part in range(4)))):
+        store(bits + 64 * part, some)
+
+
+def blender(name: str, read: Callable[[Value], Value], size: int) -> Any:
+    def blend(out: Value, value: Value, weight: Value, bits: Value, groups: Value) -> None:
+        """float32 out <- value where the bit is set, else weight."""
+        with loop(groups << 3) as i:
+            kept = load_mask(bits + (i << 1))
+            store(out + (i << 6), where(kept, load_f(value + (i << 6)), read(weight + i * size)))
+
+    return stage(blend, f"blend_{name}")
+
+
+blend_float32 = blender("float32", load_f, 64)
+blend_bfloat16 = blender("bfloat16", lambda at: from_bfloat16(load_u16(at)), 32)
+blend_float16 = blender("float16", lambda at: from_float16(load_u16(at)), 32)
+
+
 # What a call hands to the kernel: float64 numbers, which hold addresses, counts and 32-bit words exactly, except NEXT: an
-# int64, the first element (or row) that no thread has taken yet. The rounding address stands at AT; the terms follow,
-# each an address and a scale.
+# int64, the first element (or row) that no thread has taken yet. The rounding address stands at AT, a mask's at KEEP_AT; the
+# terms follow, each an address and a scale.
 NEXT, CHUNK, COUNT, START, OUT, OUT_KIND, WEIGHT, WEIGHT_KIND = range(8)
-ROWS, WIDTH, DECAY, DISTRIBUTION, STOCHASTIC, TERMS, AT = range(8, 15)
-FIRST_TERM, TERM_SIZE = AT + 5, 6
+ROWS, WIDTH, DECAY, DISTRIBUTION, STOCHASTIC, TERMS = range(8, 14)
+KEEP, BITS, BITS_SIZE, THRESHOLD, SIGNIFICANT = range(14, 19)
+AT, KEEP_AT = 19, 24
+FIRST_TERM, TERM_SIZE = KEEP_AT + 5, 6
+ALL, DRAWN, PACKED = range(3)
 NO_ADDRESS = (0,) * 5
 
 
 @njit
-def any_range(call, out, weight, count, number, value, target, source):
+def make_mask(call, kind, number, groups, bits, state):
+    """The mask of a tile as bits, for elements from `number` on. `state`: scratch of 520 bytes."""
+    if kind == PACKED:
+        offset = number >> 3
+        size = min(groups * (GROUP // 8), int64(number_at(call, BITS_SIZE)) - offset)
+        copy(bits, int64(number_at(call, BITS)) + offset, size)
+        return
+    threshold, digits = int64(number_at(call, THRESHOLD)), int64(number_at(call, SIGNIFICANT))
+    begin_mask(state, groups)
+    digit = 0
+    while digit < digits and (digit == 0 or int64_at(state + 512) != 0):
+        draw_digit(state, number, digit, threshold >> (DIGITS - 1 - digit) & 1, call + 8 * KEEP_AT)
+        digit += 1
+    end_mask(bits, state)
+
+
+@njit
+def any_range(call, out, weight, count, number, value, target, source, bits, state):
     """Elements number .. number + count, wherever they start and end: a part of a group goes through a copy of it.
 
-    `value`: scratch for a tile; `target`, `source`: for a group.
+    `value`, `bits`, `state`: scratch for a tile and its mask; `target`, `source`: for a group.
     """
     out_kind, weight_kind = int64(number_at(call, OUT_KIND)), int64(number_at(call, WEIGHT_KIND))
     out_size, weight_size = 2 + 2 * (out_kind == FLOAT32), 2 + 2 * (weight_kind == FLOAT32)
     terms, distribution = int64(number_at(call, TERMS)), number_at(call, DISTRIBUTION)
     stochastic, rounding = number_at(call, STOCHASTIC) != 0, call + 8 * AT
+    keep = int64(number_at(call, KEEP))
     i = 0
     while i < count:
         skip = (number + i) & (GROUP - 1)
@@ -259,7 +344,8 @@ def any_range(call, out, weight, count, number, value, target, source):
             copy(source + skip * weight_size, from_, n * weight_size)
             groups, to, from_ = 1, target, source
 
-        sums = to if out_kind == FLOAT32 else value
+        whole = from_
+        sums = to if out_kind == FLOAT32 and keep == ALL else value
         factor = float32(number_at(call, DECAY))
         if weight_kind != FLOAT32 or terms == 0:
             if weight_kind == FLOAT32:
@@ -276,6 +362,15 @@ def any_range(call, out, weight, count, number, value, target, source):
             else:
                 add_gaussian(sums, from_, groups, first, factor, record)
             from_, factor = sums, float32(1)
+        if keep != ALL:
+            make_mask(call, keep, first, groups, bits, state)
+            blended = to if out_kind == FLOAT32 else value
+            if weight_kind == FLOAT32:
+                blend_float32(blended, value, whole, bits, groups)
+            elif weight_kind == BFLOAT16:
+                blend_bfloat16(blended, value, whole, bits, groups)
+            else:
+                blend_float16(blended, value, whole, bits, groups)
         if out_kind == BFLOAT16:
             if stochastic:
                 stochastic_bfloat16(to, sums, groups, first, rounding)
@@ -306,7 +401,7 @@ def compile_kernel(sources: int) -> Any:
         rows, width = int64(number_at(call, ROWS)), int64(number_at(call, WIDTH))
         out_size = 2 + 2 * (number_at(call, OUT_KIND) == FLOAT32)
         weight_size = 2 + 2 * (number_at(call, WEIGHT_KIND) == FLOAT32)
-        value, target, source = stack(8192), stack(512), stack(512)
+        value, target, source, bits, state = stack(8192), stack(512), stack(512), stack(256), stack(520)
         first = take(call + 8 * NEXT, chunk)
         while first < count:
             last = min(first + chunk, count)
@@ -316,7 +411,7 @@ def compile_kernel(sources: int) -> Any:
                 if rows:
                     number = int64_at(rows + 8 * i) * width
                     to, from_, n = out + i * width * out_size, weight + number * weight_size, width
-                any_range(call, to, from_, n, number, value, target, source)
+                any_range(call, to, from_, n, number, value, target, source, bits, state)
             first = take(call + 8 * NEXT, chunk)
 
     signature = types.void(types.int64)
@@ -370,10 +465,11 @@ def apply_(
     decay: float,
     at: Address | None,
     start: int,
+    keep: Keep | None = None,
 ) -> None:
     """out <- round(decay * weight + sum(scale * z)) as philox.apply_ defines it, in one pass. Never allocates a tensor."""
     if out.dtype not in KINDS or weight.dtype not in KINDS:
-        philox.apply_(out, weight, rows, terms, distribution, decay, at, start)
+        philox.apply_(out, weight, rows, terms, distribution, decay, at, start, keep)
         return
     count, width, row_numbers = weight.numel(), 1, 0
     if rows is not None:
@@ -391,7 +487,14 @@ def apply_(
         chunk = -(-chunk // TILE) * TILE
     call = array("d", (0, chunk, count, start, out.data_ptr(), KINDS[out.dtype], weight.data_ptr(), KINDS[weight.dtype]))
     call.extend((row_numbers, width, decay, DISTRIBUTIONS[distribution], at is not None, len(terms)))
+    if keep is None:
+        call.extend((ALL, 0, 0, 0, 0))
+    elif isinstance(keep, Drawn):
+        call.extend((DRAWN, 0, 0, keep.threshold, keep.digits))
+    else:
+        call.extend((PACKED, keep.data_ptr(), len(keep), 0, 0))
     call.extend(NO_ADDRESS if at is None else at.words)
+    call.extend(keep.address.words if isinstance(keep, Drawn) else NO_ADDRESS)
     for address, scale in terms:
         call.extend(address.words)
         call.append(scale)

@@ -21,14 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from smidgen.noise import philox
-from smidgen.noise.philox import Address, Term
+from smidgen.noise.philox import Address, Drawn, Keep, Term
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+ALL, DRAWN, PACKED = 0, 1, 2
 BLOCK = 2048  # elements of a program: 16 Rademacher blocks
 
 # Triton reads module constants of this type only.
 _FLOAT32, _BFLOAT16, _FLOAT16 = tl.constexpr(FLOAT32), tl.constexpr(BFLOAT16), tl.constexpr(FLOAT16)
+_ALL, _DRAWN = tl.constexpr(ALL), tl.constexpr(DRAWN)
+_DIGITS = tl.constexpr(philox.DIGITS)
 _M0, _M1 = (tl.constexpr(m) for m in philox.MULTIPLIERS)
 _STEP0, _STEP1 = (tl.constexpr(i) for i in philox.INCREMENTS)
 _ROUNDS = tl.constexpr(philox.ROUNDS)
@@ -85,6 +88,25 @@ def _noise(first, k0, k1, tensor, step, use, GAUSSIAN: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
+def _drawn(first, threshold, digits, k0, k1, tensor, step, use, BLOCK: tl.constexpr):
+    """Whether elements first .. first + BLOCK are kept: their uniform numbers against the threshold, digit by digit."""
+    block = ((first // 128) + tl.arange(0, BLOCK // 128)) * _DIGITS
+    below = tl.zeros((BLOCK // 32,), tl.uint32)
+    equal = below - 1
+    digit = 0
+    undecided = 1
+    while (digit < digits) & (undecided != 0):
+        w = _words(block + digit, k0, k1, tensor, step, use)
+        ones = below * 0 - ((_word(threshold) >> (_DIGITS - 1 - digit)) & 1)
+        below = below | (equal & ones & ~w)
+        equal = equal & ~(w ^ ones)
+        undecided = tl.max((equal != 0).to(tl.int32), axis=0)
+        digit += 1
+    bits = (below[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
+    return tl.reshape(bits, (BLOCK,)) != 0
+
+
+@triton.jit
 def _widen(h, KIND: tl.constexpr):
     """16-bit patterns (int16), or float32, as float32."""
     if KIND == _BFLOAT16:
@@ -126,8 +148,9 @@ def _narrow(x, noise, KIND: tl.constexpr, STOCHASTIC: tl.constexpr):
     return (half | ((pattern >> 16) & 0x8000)).to(tl.int32, bitcast=True).to(tl.int16)
 
 
-_NUMBERS = ["pieces", "count", "width", "start", "decay", "scale", "more"]
+_NUMBERS = ["pieces", "count", "width", "start", "decay", "scale", "more", "threshold", "digits"]
 _ADDRESSES = ["k0", "k1", "tensor", "step", "use", "r0", "r1", "r_tensor", "r_step", "r_use"]
+_ADDRESSES += ["m0", "m1", "m_tensor", "m_step", "m_use"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS + _ADDRESSES)  # or each divisibility of each word is compiled for itself
@@ -153,12 +176,21 @@ def _kernel(
     r_step,
     r_use,
     more,
+    bits,
+    threshold,
+    digits,
+    m0,
+    m1,
+    m_tensor,
+    m_step,
+    m_use,
     OUT_KIND: tl.constexpr,
     WEIGHT_KIND: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     TERMS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ROWS: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     source, target = weight, out
@@ -174,7 +206,8 @@ def _kernel(
     first = (number // 128) * 128 + piece * BLOCK
     index = first - number + tl.arange(0, BLOCK)
     inside = (index >= 0) & (index < n)
-    value = _widen(tl.load(source + index, mask=inside, other=0), WEIGHT_KIND) * decay
+    whole = _widen(tl.load(source + index, mask=inside, other=0), WEIGHT_KIND)
+    value = whole * decay
     if TERMS:
         value = value + _noise(first, k0, k1, tensor, step, use, GAUSSIAN, BLOCK) * scale
         for k in range(more):
@@ -190,6 +223,12 @@ def _kernel(
                 BLOCK,
             )
             value = value + z * tl.load(record + 5).to(tl.float32, bitcast=True)
+    if KEEP == _DRAWN:
+        value = tl.where(_drawn(first, threshold, digits, m0, m1, m_tensor, m_step, m_use, BLOCK), value, whole)
+    elif KEEP != _ALL:
+        element = first + tl.arange(0, BLOCK)
+        octet = tl.load(bits + (element >> 3), mask=inside, other=0).to(tl.int32)
+        value = tl.where(((octet >> (element & 7).to(tl.int32)) & 1) != 0, value, whole)
     if OUT_KIND != _FLOAT32:
         noise = value.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
@@ -219,19 +258,21 @@ def apply_(
     decay: float,
     at: Address | None,
     start: int,
+    keep: Keep | None = None,
 ) -> None:
     """out <- round(decay * weight + sum(scale * z)) as philox.apply_ defines it.
 
     Rows outside the weight are not noticed: they would cost a synchronisation.
     """
     if out.dtype not in KINDS or weight.dtype not in KINDS:
-        philox.apply_(out, weight, rows, terms, distribution, decay, at, start)
+        philox.apply_(out, weight, rows, terms, distribution, decay, at, start, keep)
         return
     if out.numel() == 0:
         return
     count, width, lines = weight.numel(), weight.shape[-1] if weight.ndim else 1, 1
     if rows is not None:
         count, lines, rows = width, len(rows), rows.contiguous()
+    drawn = keep if isinstance(keep, Drawn) else None
     first, scale = terms[0] if terms else (None, 0.0)
     table = out
     if len(terms) > 1:
@@ -253,12 +294,17 @@ def apply_(
             *_signed(first.words if first else (0,) * 5),
             *_signed(at.words if at else (0,) * 5),
             max(0, len(terms) - 1),
+            keep if isinstance(keep, Tensor) else out,
+            *_signed([drawn.threshold if drawn else 0]),
+            drawn.digits if drawn else 0,
+            *_signed(drawn.address.words if drawn else (0,) * 5),
             OUT_KIND=KINDS[out.dtype],
             WEIGHT_KIND=KINDS[weight.dtype],
             GAUSSIAN=distribution == "gaussian",
             TERMS=bool(terms),
             STOCHASTIC=at is not None,
             ROWS=rows is not None,
+            KEEP=ALL if keep is None else DRAWN if drawn else PACKED,
             BLOCK=BLOCK,
             enable_fp_fusion=False,
         )

@@ -205,6 +205,17 @@ def load_u16(address: Value) -> Value:
     return load(address, SHORT, 2).to("zext", U)
 
 
+def load_mask(address: Value) -> Value:
+    """Sixteen bits as a mask."""
+    return load(address, I16, 2).to("bitcast", ir.VectorType(ir.IntType(1), LANES))
+
+
+def union(x: Value) -> Value:
+    """The bits that any lane of x has, int64."""
+    function = cgutils.get_or_insert_function(x.builder.module, ir.FunctionType(I32, [U]), f"llvm.vector.reduce.or.v{LANES}i32")
+    return Value(x.builder, x.builder.call(function, [x.value])).to("zext", I64)
+
+
 def store_u16(address: Value, x: Value) -> None:
     """The low half of each lane."""
     store(address, x.to("trunc", SHORT), 2)

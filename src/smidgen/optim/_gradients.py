@@ -4,13 +4,81 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from smidgen.objective import Objective
 from smidgen.optim._optimizer import Optimizer, Outcome
+
+Update = Callable[[dict[str, Any], Tensor, dict[str, Any], Tensor], None]  # of a parameter group, gradient, state, weight
+
+
+def descend(opt: Optimizer, loss: float, update: Update) -> float:
+    """Clip the gradients that are held to the config's `max_grad_norm`, call `update` for each tensor that has one, and
+    let them go. Returns their norm before clipping; not finite when the loss or a gradient is not, and nothing is written.
+    """
+    held = [(g, e) for g in opt.param_groups for e in map(opt.view.entries.get, opt.names_of(g)) if e]
+    gradients = [e.tensor.grad for _, e in held if e.tensor.grad is not None]
+    norm = math.inf
+    if gradients and math.isfinite(loss):
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])))
+    if not math.isfinite(norm):
+        opt.zero_grad(set_to_none=True)
+        return norm
+    limit = opt.config.max_grad_norm
+    scale = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0  # torch.nn.utils.clip_grad_norm_'s rule
+    for group, entry in held:
+        if entry.tensor.grad is None:
+            continue
+        gradient = entry.tensor.grad.float()
+        if scale != 1.0:
+            gradient = gradient * scale
+        opt.view.edit_(
+            entry.name,
+            functools.partial(update, group, gradient, opt.state[entry.tensor]),
+            at=opt.rounding_address(opt.config.seed),
+            rounding=opt.config.rounding,
+        )
+        entry.tensor.grad = None
+    return norm
+
+
+def adamw_(
+    weight: Tensor, gradient: Tensor, state: dict[str, Any], *, lr: float, betas: tuple[float, float], eps: float, decay: float
+) -> None:
+    """torch's AdamW on one tensor, all float32; weights with two axes or more decay."""
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(weight)
+        state["exp_avg_sq"] = torch.zeros_like(weight)
+    adamw(
+        [weight],
+        [gradient],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        foreach=False,
+        fused=False,
+        capturable=False,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=decay if weight.ndim >= 2 else 0.0,
+        eps=eps,
+        maximize=False,
+    )
+
+
+def adamw_bytes(shape: Sequence[int]) -> int:
+    """Bytes of AdamW's state of a tensor: two float32 moments a weight and a float32 counter."""
+    return 8 * prod(shape) + 4
 
 
 class GradientOptimizer(Optimizer):
@@ -29,28 +97,7 @@ class GradientOptimizer(Optimizer):
     def _step(self, objective: Objective) -> Outcome:
         with torch.enable_grad():
             loss = objective.backward()
-        held = [(g, e) for g in self.param_groups for e in map(self.view.entries.get, self.names_of(g)) if e]
-        gradients = [e.tensor.grad for _, e in held if e.tensor.grad is not None]
-        norm = math.inf
-        if gradients and math.isfinite(loss):
-            norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])))
+        norm = descend(self, loss, self._update)
         if not math.isfinite(norm):
-            self.zero_grad(set_to_none=True)
             return Outcome(loss=torch.nan, written=False, voided=1)
-        limit = self.config.max_grad_norm
-        scale = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0  # torch.nn.utils.clip_grad_norm_'s rule
-        for group, entry in held:
-            if entry.tensor.grad is None:
-                continue
-            gradient = entry.tensor.grad.float()
-            if scale != 1.0:
-                gradient = gradient * scale
-            state = self.state[entry.tensor]
-            self.view.edit_(
-                entry.name,
-                functools.partial(self._update, group, gradient, state),
-                at=self.rounding_address(self.config.seed),
-                rounding=self.config.rounding,
-            )
-            entry.tensor.grad = None
         return Outcome(loss=loss, written=True, measures={"grad_norm": norm})

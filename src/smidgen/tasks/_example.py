@@ -35,6 +35,9 @@ class Example:
     prompt: text before the answer, without trailing space. answer: text of the answer, with its leading space.
     suffix: text after the answer, seen by masked models only. options: the answers to choose from; None where the
     answer is free text. gold: index of `answer` in `options`. text: the raw fields, for sequence classification.
+    golds: accepted answers of a question that is answered by generation. right: indices of every accepted option;
+    empty where `gold` is the only one. passage: (start, end) in prompt + answer + suffix, the characters that a row may
+    lose where it is too long; None: any at the left of the prompt.
     """
 
     prompt: str
@@ -43,6 +46,9 @@ class Example:
     options: tuple[str, ...] | None = None
     gold: int | None = None
     text: tuple[str, ...] = ()
+    golds: tuple[str, ...] = ()
+    right: tuple[int, ...] = ()
+    passage: tuple[int, int] | None = None
 
 
 class Task(Protocol):
@@ -50,19 +56,40 @@ class Task(Protocol):
 
     source: a hub id (``owner/name:config``) or a folder with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``.
     read: how a split of `source` is read; `smidgen.rows` replaces it to serve the user's own data and every format.
-    words: the label words in class order, known once the training rows were read.
+    words: the label words in class order, known once the training rows were read; None where rows have options of
+    their own, or none. choice: whether training compares the options of a row (softmax over their scores), rather than
+    raise the likelihood of the right answer. free: whether answers are generated; then examples have golds, no options.
     """
 
     name: str
     source: str
     read: Reader
+    choice: bool
+    free: bool
 
     @property
-    def words(self) -> tuple[str, ...]: ...
+    def words(self) -> tuple[str, ...] | None: ...
 
-    def examples(self, split: str) -> list[Example]: ...
+    def examples(self, split: str, kind: str = "causal") -> list[Example]:
+        """Every row of a split as an Example; kind: of the model (`smidgen.kinds`), which chooses the prompt."""
+        ...
 
-    def metric(self, predictions: Sequence[int], golds: Sequence[int]) -> dict[str, float]: ...
+    def metric(self, predictions: Sequence[Any], golds: Sequence[Any]) -> dict[str, float]:
+        """Measures of chosen options against right ones (indices); of a free task: of texts against accepted texts."""
+        ...
+
+
+_KINDS = {str: "text", list: "a list", dict: "a mapping of lists", (int, str): "a whole number"}
+
+
+def column(row: Row, name: str, kind: Any = str) -> Any:
+    """A column's value of the kind that a task needs. Raises DataError: the row, the column, and what was found."""
+    value = row.get(name)
+    if value is None:
+        raise DataError(f"{row.place}: no column '{name}' (found: {', '.join(row)}): rename the column that holds it")
+    if not isinstance(value, kind):
+        raise DataError(f"{row.place}: '{name}' is {str(value)[:40]!r}: {_KINDS[kind]} is needed")
+    return value
 
 
 def read_jsonl(path: Path) -> list[Row]:

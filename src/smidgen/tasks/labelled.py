@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from smidgen.config import ConfigError
-from smidgen.tasks._labelled import LabelledTask
+from smidgen.tasks._labelled import LabelledTask, own
 
 status = "experimental"
 
@@ -28,4 +28,5 @@ class Config(BaseModel):
 def build(config: Config) -> LabelledTask:
     if config.source is None:
         raise ConfigError("the task 'labelled' has no rows of its own: give --data FILE with columns text and label")
-    return LabelledTask("labelled", config.source, config.template, config.words, config.label)
+    form = own(config.template)
+    return LabelledTask("labelled", config.source, form, form, config.words, (config.label,))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from smidgen.tasks._labelled import LabelledTask
+from smidgen.tasks._labelled import LabelledTask, own
 
 status = "experimental"
 
@@ -22,4 +22,4 @@ class Config(BaseModel):
 
 def build(config: Config) -> LabelledTask:
     folder = Path(__file__).parents[1] / "embedded" / "reviews"
-    return LabelledTask("reviews", str(folder), config.template, config.words)
+    return LabelledTask("reviews", str(folder), own(config.template), own(config.template), config.words)

@@ -1,12 +1,22 @@
-"""SST-2: sentiment of film-review sentences (Socher et al. 2013), with template and label words of LM-BFF and MeZO."""
+"""SST-2: sentiment of film-review sentences (Socher et al. 2013), with the prompts of MeZO.
+
+Causal `{sentence} It was` (MeZO's templates), masked `{sentence} It was [MASK] .` (LM-BFF); the sentence loses its outer
+white space. `prompt: false` shows a causal model the sentence alone. Sizes: all 872 published dev rows are the test.
+"""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from smidgen.tasks._labelled import LabelledTask
+from smidgen.tasks._labelled import Form, LabelledTask, forms
 
 status = "reproduction"
+
+SIZES = (1000, 500, 872)  # training, dev and test rows of the benchmark
+
+CAUSAL = Form("{sentence} It was {answer}", passage="sentence", shapes={"sentence": str.strip})
+MASKED = Form("{sentence} It was {answer} .", passage="sentence", shapes={"sentence": str.strip})
+EMPTY = Form("{sentence} {answer}", passage="sentence", shapes={"sentence": str.strip})
 
 
 class Config(BaseModel):
@@ -14,10 +24,12 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    template: str = Field("{sentence} It was {answer}.", description="prompt: column slots and one {answer} slot")
-    words: tuple[str, ...] = Field(("terrible", "great"), description="label words of label 0, 1")
+    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
+    words: tuple[str, ...] = Field(("terrible", "great"), description="label words: label 0 negative, 1 positive")
     source: str = Field("nyu-mll/glue:sst2", description="hub id with its configuration, or a folder")
+    prompt: bool = Field(True, description="whether the task is put in words; false: the text and the label word alone")
 
 
 def build(config: Config) -> LabelledTask:
-    return LabelledTask("sst2", config.source, config.template, config.words)
+    causal, masked = forms(config.template, CAUSAL if config.prompt else EMPTY, MASKED if config.prompt else None)
+    return LabelledTask("sst2", config.source, causal, masked, config.words)

@@ -1,0 +1,160 @@
+"""Low-rank directions: z[W] = A B^T for matrices, independent entries for everything else.
+
+A matrix is a tensor with two axes or more, viewed as [rows of its first axis, all the rest]. What the factors are is the
+method's business (`Factored`); displacing dense storage with them, which the sequential engine and updates need, is
+shared. The batched engine never forms A B^T: it multiplies activations with B and A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smidgen import noise
+from smidgen.directions import Dense, Distribution
+from smidgen.params import ParamView
+
+Pair = tuple[Tensor, Tensor]  # A [m, r] and B [n, r], float32
+
+_BLOCK = 1 << 20  # elements of A B^T formed at once (4 MB); chosen
+
+
+def matrices(view: ParamView) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of every tuned tensor that is displaced by a product of factors."""
+    return {
+        e.name: (e.tensor.shape[0], math.prod(e.tensor.shape[1:]))
+        for e in view
+        if e.tensor.ndim >= 2 and min(e.tensor.shape[0], math.prod(e.tensor.shape[1:])) > 1
+    }
+
+
+class Factored:
+    """Base of directions with factors: z[name] = left @ right.T for the tensors in `matrices`, `dense` for all others."""
+
+    support: frozenset[str] | None = None
+    dense: Dense
+
+    def has_factors(self, name: str) -> bool:
+        """Whether z[name] is a product."""
+        raise NotImplementedError
+
+    def left(self, name: str) -> Tensor:
+        """A [m, r], float32."""
+        raise NotImplementedError
+
+    def right(self, name: str) -> Tensor:
+        """B [n, r], float32."""
+        raise NotImplementedError
+
+    def right_key(self, name: str) -> Hashable:
+        """Equal for directions whose B is equal: they share a product with the activations."""
+        raise NotImplementedError
+
+    def factors(self, name: str) -> Pair | None:
+        """(A, B) with z[name] = A @ B.T, or None where z[name] is dense noise."""
+        return (self.left(name), self.right(name)) if self.has_factors(name) else None
+
+    def displaced(self, name: str, weight: Tensor, scale: float, out: Tensor, *, first: int = 0) -> None:
+        pair = self.factors(name)
+        if pair is None:
+            self.dense.displaced(name, weight, scale, out, first=first)
+            return
+        A, B = pair
+        rows = weight.reshape(-1, B.shape[0])
+        target = out.view(-1, B.shape[0])
+        step = max(1, _BLOCK // B.shape[0])
+        for lo in range(0, rows.shape[0], step):
+            part = rows[lo : lo + step]
+            a = A[first + lo : first + lo + part.shape[0]]
+            target[lo : lo + step] = torch.addmm(part.float(), a, B.T, alpha=scale)
+
+    def displaced_rows(self, name: str, weight: Tensor, rows: Tensor, scale: float, out: Tensor) -> None:
+        pair = self.factors(name)
+        if pair is None:
+            self.dense.displaced_rows(name, weight, rows, scale, out)
+            return
+        A, B = pair
+        out.copy_(torch.addmm(weight[rows].float(), A[rows], B.T, alpha=scale))
+
+    def accumulate(self, name: str, rows: slice, out32: Tensor, scale: float) -> None:
+        pair = self.factors(name)
+        if pair is None:
+            self.dense.accumulate(name, rows, out32, scale)
+            return
+        A, B = pair
+        out32.view(-1, B.shape[0]).addmm_(A[rows], B.T, alpha=scale)
+
+
+@dataclass(frozen=True)
+class LowRank(Factored):
+    """A fresh left factor at every (step, query), a right factor that stays for a subspace.
+
+    Source: LOZO (Chen et al. 2025, "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures"):
+    D = U V^T with Gaussian U [m, r] and V [n, r]; the entries of D have variance r. `subspace` is the step at which V was
+    drawn; U and V have addresses of their own, so a refresh changes nothing about U. State: none; a matrix costs
+    r (m + n) numbers a use.
+    """
+
+    seed: int
+    step: int
+    query: int
+    ids: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, int]]  # of the matrices, see `matrices`
+    rank: int
+    subspace: int
+    device: torch.device | None = None
+    distribution: Distribution = "gaussian"
+    support: frozenset[str] | None = None
+
+    @property
+    def dense(self) -> Dense:  # type: ignore[override]
+        """The direction of tensors that have no factors."""
+        return Dense(self.seed, self.step, self.query, self.ids, self.distribution, self.support)
+
+    def left(self, name: str) -> Tensor:
+        """U [m, r]."""
+        at = noise.Address(self.seed, self.ids[name], self.step, self.query, noise.PROBE)
+        return self._draw(at, self.shapes[name][0])
+
+    def right(self, name: str) -> Tensor:
+        """V [n, r]."""
+        at = noise.Address(self.seed, self.ids[name], self.subspace, 0, noise.SUBSPACE)
+        return self._draw(at, self.shapes[name][1])
+
+    def _draw(self, at: noise.Address, rows: int) -> Tensor:
+        out = torch.zeros(rows, self.rank, device=self.device)
+        noise.accumulate_(out, [(at, 1.0)], self.distribution)
+        return out
+
+    def has_factors(self, name: str) -> bool:
+        return name in self.shapes
+
+    def right_key(self, name: str) -> Hashable:
+        return self.seed, self.ids[name], self.subspace, self.rank, self.distribution
+
+
+class Explicit(Factored):
+    """Factors that are held: left factors that accumulate on a right one, or an adapter. Every tensor in it has factors.
+
+    keys: `right_key` of each tensor, to share products with the directions that B belongs to; by default B's identity.
+    """
+
+    def __init__(self, pairs: Mapping[str, Pair], keys: Mapping[str, Hashable] | None = None):
+        self.pairs, self.keys = pairs, keys
+        self.support = frozenset(pairs)
+
+    def has_factors(self, name: str) -> bool:
+        return name in self.pairs
+
+    def left(self, name: str) -> Tensor:
+        return self.pairs[name][0]
+
+    def right(self, name: str) -> Tensor:
+        return self.pairs[name][1]
+
+    def right_key(self, name: str) -> Hashable:
+        return id(self.pairs[name][1]) if self.keys is None else self.keys[name]

@@ -1,0 +1,33 @@
+"""AG News: topic of a news item, in four classes (Zhang et al. 2015), with the prompts of DFO-LoRA.
+
+Causal `{text} News:`, masked `[MASK] News: {text}`; both with the masked form's label words. Sizes: 512 rows a class to
+train and to select on, and at most 1000 to test, after MeZO's protocol for RoBERTa; none is published.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from smidgen.tasks._labelled import Form, LabelledTask, forms
+
+status = "reproduction"
+
+SIZES = (2048, 2048, 1000)  # training, dev and test rows of the benchmark
+
+CAUSAL = Form("{text} News: {answer}", passage="text")
+MASKED = Form("{answer} News: {text}", passage="text")
+
+
+class Config(BaseModel):
+    """Options of the task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
+    words: tuple[str, ...] = Field(("World", "Sports", "Business", "Tech"), description="label words: label 0 to 3")
+    source: str = Field("fancyzhx/ag_news", description="hub id with its configuration, or a folder")
+
+
+def build(config: Config) -> LabelledTask:
+    causal, masked = forms(config.template, CAUSAL, MASKED)
+    return LabelledTask("ag_news", config.source, causal, masked, config.words)

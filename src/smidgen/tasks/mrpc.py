@@ -1,0 +1,33 @@
+"""MRPC: do two sentences say the same (Dolan and Brockett 2005, in GLUE), with the prompt of LM-BFF.
+
+The published lists have no prompt of MRPC for a causal model: that of RTE is used. Sizes: 512 rows a class to train and
+to select on, the published dev rows to test; drawn without balancing the classes, which is ours.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from smidgen.tasks._labelled import Form, LabelledTask, forms
+
+status = "reproduction"
+
+SIZES = (1024, 1024, 408)  # training, dev and test rows of the benchmark
+
+CAUSAL = Form('{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n{answer}', passage="sentence1")
+MASKED = Form("{sentence1} {answer} , {sentence2}", passage="sentence1")
+
+
+class Config(BaseModel):
+    """Options of the task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
+    words: tuple[str, ...] = Field(("No", "Yes"), description="label words: label 0 other meaning, 1 same meaning")
+    source: str = Field("nyu-mll/glue:mrpc", description="hub id with its configuration, or a folder")
+
+
+def build(config: Config) -> LabelledTask:
+    causal, masked = forms(config.template, CAUSAL, MASKED)
+    return LabelledTask("mrpc", config.source, causal, masked, config.words)

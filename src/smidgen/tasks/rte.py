@@ -1,0 +1,34 @@
+"""RTE: does a text entail a sentence (Dagan et al. 2006, in SuperGLUE), with the prompts of MeZO and LM-BFF.
+
+`prompt: false` shows a causal model premise and hypothesis without the question.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._pairs import MASKED
+
+status = "reproduction"
+
+SIZES = (1000, 500, 277)  # training, dev and test rows of the benchmark
+
+CAUSAL = Form('{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n{answer}', passage="premise")
+EMPTY = Form('{premise}\n"{hypothesis}"\n{answer}', passage="premise")
+
+
+class Config(BaseModel):
+    """Options of the task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
+    words: tuple[str, ...] = Field(("Yes", "No"), description="label words: label 0 entailment, 1 not entailment")
+    source: str = Field("aps/super_glue:rte", description="hub id with its configuration, or a folder")
+    prompt: bool = Field(True, description="whether the task is put in words; false: the text and the label word alone")
+
+
+def build(config: Config) -> LabelledTask:
+    causal, masked = forms(config.template, CAUSAL if config.prompt else EMPTY, MASKED if config.prompt else None)
+    return LabelledTask("rte", config.source, causal, masked, config.words)

@@ -1,0 +1,34 @@
+"""SNLI: does a sentence entail, contradict or leave open another (Bowman et al. 2015), with LM-BFF's prompt.
+
+The published lists have no prompt of SNLI for a causal model: that of CB is used. Sizes: 512 rows a class to train and to
+select on, and at most 1000 to test, as MeZO with RoBERTa; drawn without balancing the classes, which is ours.
+Rows without a label (-1, where annotators differ) are left out.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from smidgen.tasks._labelled import LabelledTask, forms
+from smidgen.tasks._pairs import CAUSAL, MASKED
+
+status = "reproduction"
+
+SIZES = (1536, 1536, 1000)  # training, dev and test rows of the benchmark
+
+
+class Config(BaseModel):
+    """Options of the task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
+    words: tuple[str, ...] = Field(
+        ("Yes", "Maybe", "No"), description="label words: label 0 entailment, 1 neutral, 2 contradiction"
+    )
+    source: str = Field("stanfordnlp/snli", description="hub id with its configuration, or a folder")
+
+
+def build(config: Config) -> LabelledTask:
+    causal, masked = forms(config.template, CAUSAL, MASKED)
+    return LabelledTask("snli", config.source, causal, masked, config.words, left_out=-1)
