@@ -9,34 +9,98 @@ import torch
 
 from families import FAMILIES, batch, make
 from smidgen.batched import BatchedEngine, unsupported
-from smidgen.lowrank import LowRank, matrices
+from smidgen.lowrank import Explicit, LowRank, joined, matrices
+from smidgen.objective import ModelObjective
 from smidgen.params import ParamView
 from smidgen.probing import Engine
 
+SEQUENTIAL = {"mixtral", "t5-tied", "t5-untied"}  # experts in one tensor; one position table for all rows
+
+
+def engines(family, dtype=torch.float32):
+    kind, model = make(family)
+    model = model.to(dtype)
+    view = ParamView.of_model(model)
+    return Engine(model, view, kind), BatchedEngine(model, view, kind), view, kind
+
 
 def probes_of(view, count, *, same=True, scale=0.05, rank=2):
-    shapes = matrices(view)
-    z = [LowRank(3, 1, i, view.ids, shapes, rank, 0 if same else i) for i in range(count)]
+    z = [LowRank(3, 1, i, view.ids, matrices(view), rank, 0 if same else i) for i in range(count)]
     return [((d, s * scale),) for d in z for s in (1, -1)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("same", [True, False])
 def test_equals_one_probe_at_a_time(family, same, caplog):
-    kind, model = make(family)
-    view = ParamView.of_model(model)
-    engine = Engine(model, view, kind)
+    slow, fast, view, kind = engines(family)
     before = view.snapshot()
     rows = batch(kind, seed=10, labels="all")
     probes = [*probes_of(view, 2, same=same), ()]
-    slow = [engine.losses(rows, probe) for probe in probes]
+    expected = [slow.losses(rows, probe) for probe in probes]
     with caplog.at_level(logging.WARNING, "smidgen"):
-        batched = BatchedEngine(engine)
-        fast = batched.losses(rows, probes)
-    base = slow[-1].nll
-    for a, b in zip(slow, fast, strict=True):
+        found = fast.together(rows, probes)
+    for a, b in zip(expected, found, strict=True):
         assert torch.equal(a.rows, b.rows) and a.size == b.size
         assert torch.allclose(a.nll, b.nll, atol=2e-4, rtol=1e-4)
-    assert float((slow[0].nll - base).abs().max()) > 1e-3  # the probes matter
+    assert float((expected[0].nll - expected[-1].nll).abs().max()) > 1e-3  # the probes matter
     assert all(torch.equal(before[e.name], e.storage) for e in view)
-    print(family, unsupported(engine), [r.message for r in caplog.records])
+    assert fast.forwards == slow.forwards and fast.tokens == slow.tokens
+    fell_back = any("one at a time" in record.getMessage() for record in caplog.records)
+    assert fell_back == (family in SEQUENTIAL)
+    if not fell_back:
+        assert unsupported(fast) is None
+
+
+@pytest.mark.parametrize("family", ["opt-tied", "llama-untied", "gpt2", "roberta-classification"])
+def test_several_micro_batches_each_row_and_chunks(family):
+    slow, fast, view, kind = engines(family)
+    fast.most_tokens = 60  # a few probes at a time
+    rows = [batch(kind, seed=s, labels="some" if s else "all") for s in (0, 1)]
+    probes = probes_of(view, 4)
+    for each in (False, True):
+        a = ModelObjective(slow, rows).losses(probes, each=each)
+        b = ModelObjective(fast, rows).losses(probes, each=each)
+        assert torch.allclose(a, b, atol=2e-4, rtol=1e-4)
+
+
+def test_sixteen_bits_agree_as_far_as_their_rounding_goes():
+    slow, fast, view, kind = engines("llama-tied", torch.bfloat16)
+    rows = batch(kind, seed=10, labels="all")
+    probes = probes_of(view, 2, scale=0.02)
+    for probe, found in zip(probes, fast.together(rows, probes), strict=True):
+        assert float((slow.losses(rows, probe).nll - found.nll).abs().max()) < 0.1
+
+
+def test_an_offset_on_the_same_subspace_and_one_on_another():
+    slow, fast, view, kind = engines("opt-tied")
+    z = LowRank(3, 1, 0, view.ids, matrices(view), 2, 0)
+    same = Explicit({n: (torch.randn(m, 2, generator=_rng()), z.right(n)) for n, (m, _) in z.shapes.items()}, z.right_key)
+    other = Explicit(
+        {n: (torch.randn(m, 3, generator=_rng()), torch.randn(k, 3, generator=_rng())) for n, (m, k) in z.shapes.items()}
+    )
+    rows = batch(kind, seed=10, labels="all")
+    probes = [((same, 0.03), (z, s)) for s in (0.05, -0.05)] + [((other, 0.02), (z, 0.05)), ((same, 0.03),)]
+    for probe, found in zip(probes, fast.together(rows, probes), strict=True):
+        assert torch.allclose(slow.losses(rows, probe).nll, found.nll, atol=2e-4, rtol=1e-4)
+
+
+def test_a_displaced_layer_that_is_forgotten_is_noticed(monkeypatch, caplog):
+    _, fast, view, kind = engines("opt-tied")
+    monkeypatch.setattr("smidgen.batched.after_linear", lambda people, tensors, module, args, out: out)
+    with caplog.at_level(logging.WARNING, "smidgen"):
+        fast.together(batch(kind, seed=10, labels="all"), probes_of(view, 1, scale=1e-4))
+    assert "losses differ" in caplog.text
+
+
+def test_joined_is_the_sum():
+    rng = _rng()
+    B, C = torch.randn(5, 2, generator=rng), torch.randn(5, 1, generator=rng)
+    lefts = [torch.randn(4, r, generator=rng) for r in (2, 1, 2)]
+    terms = list(zip(zip(lefts, (B, C, B), strict=True), (0.5, 2.0, -1.0), strict=True))
+    A, right = joined(terms)
+    assert A.shape == (4, 3)
+    assert torch.allclose(A @ right.T, sum(s * a @ b.T for (a, b), s in terms), atol=1e-5)
+
+
+def _rng():
+    return torch.Generator().manual_seed(0)

@@ -15,14 +15,15 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.directions import Probe, restrict
-from smidgen.loss import Losses, choice_index, grouped, logits_nll, targets
+from smidgen.kinds import Kind
+from smidgen.loss import NOT_INPUTS, Losses, choice_index, grouped, logits_nll, targets
 from smidgen.lowrank import Factored
+from smidgen.params import ParamView
 from smidgen.population import (
     NotBatchedError,
     Population,
@@ -34,6 +35,7 @@ from smidgen.population import (
     linear_like,
 )
 from smidgen.probing import Batch, Engine, _few
+from smidgen.reuse import Held
 
 log = logging.getLogger("smidgen")
 
@@ -57,138 +59,129 @@ def unsupported(engine: Engine) -> str | None:
     return None
 
 
-class BatchedEngine:
-    """Batched probing on top of an engine. `losses` has the same meaning as the engine's, for several probes at once."""
+class BatchedEngine(Engine):
+    """An engine that evaluates probes with factors together. `together` means what `losses` means, for several probes."""
 
-    def __init__(self, engine: Engine, tokens: int = TOKENS):
-        self.engine, self.tokens = engine, tokens
-        self._reason: str | None = None
-        self._checked = False
+    def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal", *, tokens: int = TOKENS):
+        super().__init__(model, view, kind)
+        self.most_tokens = tokens
+        self._reason: str | None = None  # why probes are evaluated one at a time
+        self._compared = False
 
-    # -- what may be batched ------------------------------------------------------------------------------------------
-
-    def accepts(self, probes: Sequence[Probe]) -> bool:
-        """Whether every matrix that the probes displace has factors."""
-        matrices = [e.name for e in self.engine.view if e.tensor.ndim >= 2]
-        return all(
-            isinstance(z, Factored) and (z.has_factors(name) or _width_one(self.engine.view[name].tensor))
-            for probe in probes
-            for name in matrices
-            for z, _ in restrict(probe, name)
-        )
-
-    # -- evaluation ---------------------------------------------------------------------------------------------------
-
-    def losses(self, batch: Batch, probes: Sequence[Probe]) -> list[Losses]:
-        """Losses of one micro-batch at theta + each probe. Cost: len(probes) forwards' worth of rows in few calls."""
-        self._check_once(batch, probes)
+    def together(self, batch: Batch, probes: Sequence[Probe], held: Held | None = None) -> list[Losses]:
+        """Losses of one micro-batch at theta + each probe. Cost: len(probes) forwards' worth of rows in few calls; probes
+        with dense directions, one forward each."""
+        if not any(probes) or not self._factored(probes):
+            return super().together(batch, probes, held)
+        if not self._compared:
+            self._compare(_few(batch), [probe for probe in probes if probe][:2])
         if self._reason is not None:
-            return [self.engine.losses(batch, probe) for probe in probes]
-        size = max(1, self.tokens // max(1, _tokens(batch)))
-        return [found for lo in range(0, len(probes), size) for found in self._losses(batch, probes[lo : lo + size])]
+            return super().together(batch, probes, held)
+        size = max(1, self.most_tokens // max(1, _tokens(batch)))
+        return [found for lo in range(0, len(probes), size) for found in self._at_once(batch, probes[lo : lo + size])]
 
-    def _losses(self, batch: Batch, probes: Sequence[Probe]) -> list[Losses]:
-        engine, people = self.engine, Population(probes)
+    def _factored(self, probes: Sequence[Probe]) -> bool:
+        """Whether every matrix that the probes displace has factors."""
+        terms = [(z, entry) for probe in probes for entry in self.view for z, _ in restrict(probe, entry.name)]
+        return all(isinstance(z, Factored) and (z.has_factors(e.name) or _is_vector(e.tensor)) for z, e in terms)
+
+    def _at_once(self, batch: Batch, probes: Sequence[Probe]) -> list[Losses]:
+        people = Population(probes)
         many = repeated(batch, len(people))
         rows = batch["labels"].shape[0]
-        with engine._evaluating(), self._displaced(people, len(people) * rows):
-            if engine.kind == "classification":
-                logits = engine._forward(many).logits
-                nll = logits_nll(logits, many["labels"].view(-1))
+        with self._evaluating(), self._seen_by(people, len(people) * rows):
+            if self.kind == "classification":
+                nll = logits_nll(self._forward(many).logits, many["labels"].view(-1))
                 where = torch.arange(rows, device=nll.device)
             else:
-                labels = targets(many["labels"], engine.kind)
-                hidden, logits = engine._hidden(many, labels)
-                nll = self._nll(hidden, logits, labels.tokens, batch.get("choices"), people)
-                where = targets(batch["labels"], engine.kind).rows
-        engine.forwards += len(people) - 1  # the call above counted one
+                labels = targets(many["labels"], self.kind)
+                hidden, logits = self._hidden(many, labels)
+                nll = self._population_nll(hidden, logits, labels.tokens, batch.get("choices"), people)
+                where = targets(batch["labels"], self.kind).rows
+        self.forwards += len(people) - 1  # the call above counted one
         return [grouped(Losses(part, where, rows), batch) for part in nll.view(len(people), -1)]
 
-    def _nll(self, hidden: Tensor, logits: Tensor | None, tokens: Tensor, choices: Tensor | None, people: Population) -> Tensor:
-        if logits is not None:  # the model's own head was displaced as a linear layer
+    def _population_nll(
+        self, hidden: Tensor, logits: Tensor | None, tokens: Tensor, choices: Tensor | None, people: Population
+    ) -> Tensor:
+        if logits is None:
+            assert isinstance(self.head, nn.Linear)
+            head = PopulationHead(self.head, self.entry_of, people)
             if choices is None:
-                return logits_nll(logits, tokens)
-            return logits_nll(logits[:, choices], choice_index(tokens, choices))
-        plain = self.engine._head
-        assert isinstance(plain, nn.Linear)
-        head = PopulationHead(plain, self.engine.entry_of, people)
-        if choices is None:
-            return head.nll(hidden, tokens)
-        return logits_nll(head.logits(hidden, choices), choice_index(tokens, choices))
+                return head.nll(hidden, tokens)
+            logits = head.logits(hidden, choices)
+        elif choices is not None:  # the model's own head was displaced as a linear layer
+            logits = logits[:, choices]
+        return logits_nll(logits, tokens if choices is None else choice_index(tokens, choices))
 
     @contextlib.contextmanager
-    def _displaced(self, people: Population, rows: int) -> Iterator[None]:
+    def _seen_by(self, people: Population, rows: int) -> Iterator[None]:
         """Inside this context a forward of P * B rows sees each probe's weights. Theta is never written."""
-        head = None if self.engine._own_head else self.engine._head
-        handles: list[Any] = []
-        saved: list[tuple[nn.Module, str, Tensor]] = []
-        replaced: list[tuple[nn.Module, Any]] = []
-        try:
-            for reader in self.engine.readers:
+        skipped = None if self.own_head else self.head
+        undo = contextlib.ExitStack()
+        with undo:
+            for reader in self.readers:
                 module = reader.module
-                if module is None or module is head:
-                    continue
                 tensors = {a: e for e, _, a in reader.tensors if people.touches(e.name)}
-                if not tensors:
+                if module is None or module is skipped or not tensors:
                     continue
                 if linear_like(module):
-                    handles.append(module.register_forward_hook(functools.partial(after_linear, people, tensors)))
-                elif isinstance(module, nn.Embedding):
-                    enter, leave = around_embedding(module, people, tensors["weight"], rows)
-                    saved.append((module, "weight", module.weight))
-                    handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+                    undo.callback(module.register_forward_hook(functools.partial(after_linear, people, tensors)).remove)
                 elif isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
-                    replaced.append((module, module.__dict__.get("forward")))
+                    undo.callback(module.__dict__.pop, "forward", None)
                     module.forward = functools.partial(layer_norm, module, people, tensors)  # type: ignore[method-assign]
                 else:
-                    saved += [(module, a, e.tensor) for a, e in tensors.items()]
-                    enter, leave = around_vectors(module, people, tensors)
-                    handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+                    if isinstance(module, nn.Embedding):
+                        enter, leave = around_embedding(module, people, tensors["weight"], rows)
+                    else:
+                        enter, leave = around_vectors(module, people, tensors)
+                    undo.callback(leave)
+                    undo.callback(module.register_forward_pre_hook(enter).remove)
+                    undo.callback(module.register_forward_hook(leave).remove)
             yield
+
+    def _compare(self, few: Batch, probes: Sequence[Probe]) -> None:
+        """Evaluate two probes on a few rows both ways; a difference or an error means one at a time from now on.
+
+        The probes are made longer until they change the loss well beyond the tolerance: a small step would hide a tensor
+        that is not displaced at all.
+        """
+        self._compared = True
+        counts = self.forwards, self.tokens
+        try:
+            base = self.losses(few).nll  # also finds the readers
+            self._reason = unsupported(self)
+            if self._reason is not None:
+                return
+            tolerance = _tolerance(self.model)
+            for longer in (1.0, 10.0, 100.0, 1000.0):
+                tried = [[(z, longer * scale) for z, scale in probe] for probe in probes]
+                slow = [self.losses(few, probe).nll for probe in tried]
+                if all(float((nll - base).abs().max()) > 50 * tolerance for nll in slow):
+                    break
+            fast = [found.nll for found in self._at_once(few, tried)]
+            gap = max(float((a - b).abs().max()) for a, b in zip(slow, fast, strict=True))
+            if not gap <= tolerance * max(1.0, *(float(nll.abs().max()) for nll in slow)):
+                self._reason = f"losses differ by {gap:.2g} from one probe at a time: rows of a batch may see each other"
+        except (NotBatchedError, RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+            self._reason = str(error).splitlines()[0]
         finally:
-            for handle in handles:
-                handle.remove()
-            for module, forward in replaced:
-                module.__dict__.pop("forward") if forward is None else setattr(module, "forward", forward)
-            for module, attribute, tensor in saved:
-                module._parameters[attribute] = tensor  # type: ignore[assignment]
-
-    # -- self-check ---------------------------------------------------------------------------------------------------
-
-    def _check_once(self, batch: Batch, probes: Sequence[Probe]) -> None:
-        """Compare two probes on a few rows with the sequential engine; a difference or an error means falling back."""
-        if self._checked:
-            return
-        self._checked = True
-        engine = self.engine
-        few = _few(batch)
-        counts = engine.forwards, engine.tokens
-        self._reason = None
-        slow = [engine.losses(few, probe).nll for probe in probes[:2]]  # also finds the readers
-        self._reason = unsupported(engine)
-        if self._reason is None:
-            try:
-                fast = [found.nll for found in self._losses(few, probes[:2])]
-                gap = max(float((a - b).abs().max()) for a, b in zip(slow, fast, strict=True))
-                if not gap <= tolerance(engine):
-                    self._reason = f"losses differ by {gap:.2g} from one probe at a time: rows of a batch may see each other"
-            except (NotBatchedError, RuntimeError, IndexError, ValueError) as error:
-                self._reason = str(error).splitlines()[0]
-        engine.forwards, engine.tokens = counts
-        if self._reason is not None:
-            log.warning("probes are evaluated one at a time: %s", self._reason)
+            self.forwards, self.tokens = counts
+            if self._reason is not None:
+                log.warning("probes are evaluated one at a time: %s", self._reason)
 
 
-def tolerance(engine: Engine) -> float:
-    """Largest difference of a loss (nats) that rounding explains, by the coarsest dtype of the weights."""
-    dtypes = {p.dtype for p in engine.model.parameters() if p.is_floating_point()}
-    return 0.1 if dtypes & {torch.bfloat16, torch.float16} else 2e-3
+def _tolerance(model: nn.Module) -> float:
+    """Largest difference of a loss of one nat that rounding explains, by the coarsest dtype of the weights."""
+    dtypes = {p.dtype for p in model.parameters()}
+    return 0.05 if dtypes & {torch.bfloat16, torch.float16} else 1e-3
 
 
 def repeated(batch: Batch, times: int) -> Batch:
     """The batch once for each probe, probe by probe."""
     return {
-        k: v.repeat(times, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) and k != "choices" else v for k, v in batch.items()
+        k: v.repeat(times, *[1] * (v.ndim - 1)) if k == "labels" or (isinstance(v, Tensor) and k not in NOT_INPUTS) else v
+        for k, v in batch.items()
     }
 
 
@@ -196,5 +189,5 @@ def _tokens(batch: Batch) -> int:
     return batch["input_ids"].numel() if "input_ids" in batch else batch["labels"].shape[0]
 
 
-def _width_one(tensor: Tensor) -> bool:
+def _is_vector(tensor: Tensor) -> bool:
     return tensor.ndim < 2 or min(tensor.shape[0], tensor.numel() // tensor.shape[0]) == 1

@@ -221,10 +221,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**64, description="addresses all noise, the row order and new heads; 64 bits")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch and numba; none: as torch chooses")
     reuse: int = Field(
-        1,
-        ge=0,
-        description="methods that probe upper layers alone keep the hidden states of every k-th layer instead of running the "
-        "layers below again; 0: run all",
+        1, ge=0, description="block-wise probing keeps the hidden states of every k-th layer; 0: runs all layers each time"
     )
     max_bad_steps: int = Field(20, ge=1, description="steps without a finite loss before the run ends")
     output: str | None = Field(None, description="folder of the run")

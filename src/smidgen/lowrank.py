@@ -8,7 +8,7 @@ shared. The batched engine never forms A B^T: it multiplies activations with B a
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,7 +143,7 @@ class Explicit(Factored):
     keys: `right_key` of each tensor, to share products with the directions that B belongs to; by default B's identity.
     """
 
-    def __init__(self, pairs: Mapping[str, Pair], keys: Mapping[str, Hashable] | None = None):
+    def __init__(self, pairs: Mapping[str, Pair], keys: Callable[[str], Hashable] | None = None):
         self.pairs, self.keys = pairs, keys
         self.support = frozenset(pairs)
 
@@ -157,4 +157,14 @@ class Explicit(Factored):
         return self.pairs[name][1]
 
     def right_key(self, name: str) -> Hashable:
-        return id(self.pairs[name][1]) if self.keys is None else self.keys[name]
+        return id(self.pairs[name][1]) if self.keys is None else self.keys(name)
+
+
+def joined(terms: Sequence[tuple[Pair, float]]) -> Pair:
+    """One pair of factors of sum(scale * A_k B_k^T). Ranks add up; terms with the same B (one tensor) share its columns."""
+    lefts: dict[int, Tensor] = {}
+    rights: dict[int, Tensor] = {}
+    for (A, B), scale in terms:
+        lefts[id(B)] = lefts[id(B)] + scale * A if id(B) in lefts else scale * A
+        rights[id(B)] = B
+    return torch.cat(list(lefts.values()), 1), torch.cat(list(rights.values()), 1)

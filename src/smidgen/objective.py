@@ -22,7 +22,7 @@ from smidgen.config import ConfigError
 from smidgen.directions import Direction, Probe, displace, restrict
 from smidgen.forward_mode import slope_in_place
 from smidgen.inputs import input_squares
-from smidgen.loss import targets
+from smidgen.loss import Losses, targets
 from smidgen.params import ParamView
 from smidgen.probing import Batch, Engine
 from smidgen.reuse import Held
@@ -61,25 +61,13 @@ class ModelObjective:
 
     def sums(self, probes: Sequence[Probe], *, each: bool = False) -> Sums:
         """Loss sums and weights before division: what ranks exchange."""
+        found = [self.engine.together(batch, probes, held) for batch, held in zip(self.batches, self.held, strict=True)]
         totals, weights = [], []
-        for probe in probes:
-            parts = [self._part(batch, probe, each, held) for batch, held in zip(self.batches, self.held, strict=True)]
-            if each:
-                totals.append(torch.cat([t for t, _ in parts]))
-                weights.append(torch.cat([w for _, w in parts]))
-            else:
-                totals.append(torch.stack([t for t, _ in parts]).sum(0))
-                weights.append(torch.stack([w for _, w in parts]).sum(0))
+        for micro in zip(*found, strict=True):  # the micro-batches of one probe
+            sums, counts = zip(*(_sums(losses, each) for losses in micro), strict=True)
+            totals.append(torch.cat(sums) if each else torch.stack(sums).sum(0))
+            weights.append(torch.cat(counts) if each else torch.stack(counts).sum(0))
         return torch.stack(totals), torch.stack(weights)
-
-    def _part(self, batch: Batch, probe: Probe, each: bool, held: Held) -> Sums:
-        nll, rows, size = self.engine.losses(batch, probe, held)
-        nll = nll.double().cpu()
-        if not each:
-            return nll.sum(), torch.tensor(float(nll.numel()), dtype=torch.float64)
-        rows = rows.cpu()
-        zero = torch.zeros(size, dtype=torch.float64)
-        return zero.index_add(0, rows, nll), zero.index_add(0, rows, torch.ones_like(nll))
 
     def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
         total, weight = self.sums(probes, each=each)
@@ -128,6 +116,16 @@ class ModelObjective:
             for tensor in frozen:
                 tensor.requires_grad_(True)
         return total / weight
+
+
+def _sums(found: Losses, each: bool) -> Sums:
+    """Loss sum and weight of one micro-batch, or of each of its rows."""
+    nll, rows, size = found
+    nll = nll.double().cpu()
+    if not each:
+        return nll.sum(), torch.tensor(float(nll.numel()), dtype=torch.float64)
+    zero = torch.zeros(size, dtype=torch.float64)
+    return zero.index_add(0, rows.cpu(), nll), zero.index_add(0, rows.cpu(), torch.ones_like(nll))
 
 
 def _labels(batch: Batch, engine: Engine) -> int:

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,17 +73,13 @@ class Engine:
         self._entries = {id(e.tensor): e for e in view}
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._accepted = set(inspect.signature(_unwrapped(model).forward).parameters)
-        self._head = _output_head(model) if kind != "classification" else None
-        self._own_head = self._head is not None and not isinstance(self._head, nn.Linear)
+        # The output head over the vocabulary, None where there is none; own_head: the model has to run it by itself.
+        self.head = _output_head(model) if kind != "classification" else None
+        self.own_head = self.head is not None and not isinstance(self.head, nn.Linear)
         self.readers = Readers(model, view)
         self.reuse = Reuse(view)
         self._checked = False
         self._linear = layers(model)
-
-    @property
-    def head(self) -> nn.Module | None:
-        """The output head over the vocabulary; None where there is none."""
-        return self._head
 
     def entry_of(self, parameter: Tensor) -> Entry | None:
         """The view's entry of a parameter, or None when it is frozen."""
@@ -125,7 +121,7 @@ class Engine:
         handles = []
         try:
             for reader in self.readers:
-                if not head and reader.module is self._head:
+                if not head and reader.module is self.head:
                     continue
                 if not any(lens.touches(e.name) for e, _, _ in reader.tensors):
                     continue
@@ -188,8 +184,12 @@ class Engine:
         run, again = (functools.partial(f, batch, probe) for f in (self._evaluate, self._uncounted))
         return self.reuse.evaluate(held, probe, run, again)
 
+    def together(self, batch: Batch, probes: Sequence[Probe], held: Held | None = None) -> list[Losses]:
+        """`losses` of several probes."""
+        return [self.losses(batch, probe, held) for probe in probes]
+
     def _evaluate(self, batch: Batch, probe: Probe) -> Losses:
-        with self._evaluating(), self.displaced(probe, head=self._own_head):
+        with self._evaluating(), self.displaced(probe, head=self.own_head):
             return self._losses(batch, self._seen_head(Displaced(probe)), head_nll)
 
     def _uncounted(self, batch: Batch, probe: Probe) -> Losses:
@@ -210,7 +210,7 @@ class Engine:
         if not self.jvps and (line := plain_kernels_notice(_unwrapped(self.model))) is not None:
             log.warning(line)
         lens = Tangent(direction)
-        with self._evaluating(), differentiated(_unwrapped(self.model)), self._through(lens, head=self._own_head):
+        with self._evaluating(), differentiated(_unwrapped(self.model)), self._through(lens, head=self.own_head):
             found = self._losses(batch, self._seen_head(lens), head_nll)
             nll, tangent = slopes(found.nll)
         self.jvps += 1
@@ -225,7 +225,7 @@ class Engine:
     def choice_scores(self, batch: Batch, probe: Probe = ()) -> Tensor:
         """Logits of the batch's `choices` (or of the classes) for each row, [B, C] float32."""
         self._check_once(batch)
-        with self._evaluating(), self.displaced(probe, head=self._own_head):
+        with self._evaluating(), self.displaced(probe, head=self.own_head):
             if self.kind == "classification":
                 return self._forward(batch).logits.float()
             where = targets(batch["labels"], self.kind)
@@ -244,7 +244,7 @@ class Engine:
     def differentiable(self, batch: Batch) -> Losses:
         """The same losses with an autograd graph, in the model's present mode."""
         self._check_once(batch)
-        head = None if not self._applies_head_itself() else PlainHead(self._head.weight, self._head.bias)  # type: ignore[union-attr,arg-type]
+        head = None if not self._applies_head_itself() else PlainHead(self.head.weight, self.head.bias)  # type: ignore[union-attr,arg-type]
         return self._losses(batch, head, head_nll_differentiable)
 
     def _losses(self, batch: Batch, head: Any, nll: Callable[[Tensor, Tensor, Any], Tensor]) -> Losses:
@@ -264,23 +264,23 @@ class Engine:
         return grouped(Losses(logits_nll(logits, tokens), where.rows, size), batch)
 
     def _seen_head(self, lens: Lens) -> Any:
-        return LensedHead(self._head, lens, self.entry_of, self.scratch) if self._applies_head_itself() else None  # type: ignore[arg-type]
+        return LensedHead(self.head, lens, self.entry_of, self.scratch) if self._applies_head_itself() else None  # type: ignore[arg-type]
 
     def _applies_head_itself(self) -> bool:
-        return self._head is not None and not self._own_head
+        return self.head is not None and not self.own_head
 
     def _hidden(self, batch: Batch, where: Targets, *, factor: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Run the trunk; (hidden states at label positions [n, H], None), or (-, the model's own logits [n, V])."""
         caught: list[Tensor] = []
         handle = None
-        if self._head is not None:
+        if self.head is not None:
 
             def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 picked = _of_row(args[0], where)[where.keep]
                 caught.append(picked)
-                return (picked[None] * factor if self._own_head else args[0][:, :0], *args[1:])
+                return (picked[None] * factor if self.own_head else args[0][:, :0], *args[1:])
 
-            handle = self._head.register_forward_pre_hook(tap)
+            handle = self.head.register_forward_pre_hook(tap)
         try:
             logits = self._forward(batch).logits
         finally:
@@ -288,7 +288,7 @@ class Engine:
                 handle.remove()
         if not caught:  # the model computes logits without calling its head
             return logits, _of_row(logits, where)[where.keep]
-        return (caught[0], logits[0]) if self._own_head else (caught[0], None)
+        return (caught[0], logits[0]) if self.own_head else (caught[0], None)
 
     def _forward(self, batch: Batch) -> Any:
         inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
@@ -335,11 +335,11 @@ class Engine:
             with torch.no_grad(), _evaluation_mode(self.model):
                 hidden, unused = self._hidden(few, where)
                 if unused is None:
-                    ours = F.linear(hidden * _LARGE, self._head.weight, self._head.bias)  # type: ignore[union-attr,arg-type]
-                    self._own_head = True
+                    ours = F.linear(hidden * _LARGE, self.head.weight, self.head.bias)  # type: ignore[union-attr,arg-type]
+                    self.own_head = True
                     _, theirs = self._hidden(few, where, factor=_LARGE)
-                    self._own_head = theirs is None or not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
-            if self._own_head:
+                    self.own_head = theirs is None or not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
+            if self.own_head:
                 log.warning("the model changes the logits after its head: the head is run whole, on label positions only")
             self.forwards, self.tokens = counts
 

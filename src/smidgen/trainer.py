@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smidgen import journal, optim
 from smidgen import presets as published
+from smidgen.batched import BatchedEngine
 from smidgen.config import ConfigError, Diverged, nearest, notice
 from smidgen.folder import JOURNAL
 from smidgen.objective import CalledObjective, ModelObjective, Objective, Recorded, Reduced, Replayed
@@ -141,7 +142,7 @@ class ForwardOnlyMixin:
             model = self.model  # type: ignore[attr-defined]
             view = self._view or ParamView.of_model(model)
             self.optimizer = _optimizer_class(optim.get(self.method))(view, self.method_config)  # type: ignore[call-arg]
-            self.engine = Engine(model, view, self.kind)
+            self.engine = BatchedEngine(model, view, self.kind)
             if not self.backward:  # no gradient buckets: they would cost a copy of the weights
                 prepare = self.accelerator.prepare_model  # type: ignore[attr-defined]
                 self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # type: ignore[attr-defined]
