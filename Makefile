@@ -48,7 +48,7 @@ help:
 	echo "make check   lint, format, types, generated docs"
 	echo "make bench   every benchmark, one record each in results/bench"
 	echo "make gpu     tests and benchmarks that need a GPU, records in $(OUT)"
-	echo "make docs    write docs/methods.md again"
+	echo "make docs    write the generated pages of docs/ again"
 	echo "make clean   remove caches and built files"
 
 setup: $(READY)
@@ -71,6 +71,7 @@ check: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) scripts/docs.py --check
+	$(PY) scripts/zo_tables.py --check
 
 # A goal missed is a figure in the record, never an error; a script that breaks is one, after all others have run.
 bench: $(READY)
@@ -94,6 +95,7 @@ gpu: $(READY)
 
 docs: $(READY)
 	@$(PY) scripts/docs.py
+	$(PY) scripts/zo_tables.py
 
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

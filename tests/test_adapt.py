@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -247,6 +248,13 @@ def test_what_cannot_carry_virtual_tokens_is_refused():
     for model in (encoder, recurrent):
         with pytest.raises(ConfigError, match=r"keys and values.*use scheme prompt or lora"):
             adapt.get("prefix").build(model.eval(), adapt.get("prefix").Config())
+
+
+@pytest.mark.parametrize("scheme", ["lora", *VIRTUAL])
+def test_a_scheme_is_built_without_a_word_of_pefts_about_its_own_code(scheme):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(scheme, "llama-untied")
 
 
 def test_prefix_refuses_activation_checkpointing():

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import _models
+import velora_step
 import zo_memory
 import zo_methods
 import zo_step
@@ -60,3 +61,10 @@ def test_the_textbook_step_is_mezos():
         z = torch.normal(mean=0.0, std=1.0, size=p.shape, dtype=p.dtype)
         ratios.append(float(((p - b) * z).sum() / (z * z).sum()))
     assert max(ratios) - min(ratios) < 1e-6 and abs(ratios[0]) < 1e-3
+
+
+@pytest.mark.parametrize("side", ["velora", "lora_velora"])
+def test_sides_with_velora_are_measured_in_parts(side):
+    found = velora_step.measure(side, True, 2, 8)
+    assert set(found) == {"peak", "gradient", "state", "saved"} and min(found["gradient"], found["saved"]) > 0
+    assert 2 * found["gradient"] < found["state"] < 2.1 * found["gradient"]  # two moments and a counter

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,6 +313,24 @@ def test_bad_input_is_one_message_and_an_exit_code(tmp_path, arguments, code, wo
     assert words in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 12
     assert not (tmp_path / "run" / "config.resolved.yaml").exists()
+
+
+def test_a_refusal_after_loading_leaves_the_folder_as_it_was(straight, tmp_path):
+    bad = ["train", *SMALL, "--method", "zo_block", "method_args.pattern=no_such_tensor", "--steps", "2"]
+    done = smidgen(*bad, "-o", "new", cwd=tmp_path, code=2)
+    assert "matches none of the" in done.stderr and not (tmp_path / "new").exists()
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run" / ".lock").unlink(missing_ok=True)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    smidgen(*bad, "-o", "run", "--force", cwd=tmp_path, code=2)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_refusal_is_one_line_of_a_fresh_process(tmp_path):
+    process = start("train", "--task", "reviews", "--preset", "nosuch", cwd=tmp_path)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 2 and not list(tmp_path.iterdir())
+    assert errors.splitlines() == ["smidgen: zo_sgd has no preset 'nosuch'; it has: mezo"]
 
 
 def test_a_model_folder_without_tokenizer_is_refused(straight, tmp_path):

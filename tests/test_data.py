@@ -124,6 +124,30 @@ def test_equal_rows_are_in_one_part_only():
         assert len(train) == 25 and not {row["text"] for row in train} & {row["text"] for row in dev}
 
 
+def test_k_rows_of_every_class_for_training_and_for_dev(tmp_path):
+    write(tmp_path / "train.jsonl", *({"sentence": f"t{i}", "label": int(i % 4 == 0)} for i in range(60)))
+    write(tmp_path / "validation.jsonl", *({"sentence": f"v{i}", "label": i % 2} for i in range(8)))
+
+    def drawn(*more):
+        corpus = corpus_of("task=sst2", f"data={tmp_path}", "k_shot=5", *more)
+        return [corpus.examples(split) for split in ("train", "validation", "test")]
+
+    train, dev, test = drawn()
+    for part in (train, dev):
+        assert sorted(e.gold for e in part) == [0] * 5 + [1] * 5
+    assert not {e.prompt for e in train} & {e.prompt for e in dev} and len(test) == 8
+    assert drawn() == [train, dev, test]
+    assert drawn("seed=1")[0] != train and drawn("seed=1")[2] == test
+    with pytest.raises(DataError, match=r"k_shot = 8 needs 16 rows of every class.*label 1 has 15: take at most 7"):
+        corpus_of("task=sst2", f"data={tmp_path}", "k_shot=8").examples("train")
+    with pytest.raises(ConfigError, match="k_shot and benchmark_split both say"):
+        drawn("benchmark_split=true")
+    with pytest.raises(ConfigError, match="the task 'copa' has no classes"):
+        corpus_of("task=copa", f"data={tmp_path}", "k_shot=2")
+    own = write(tmp_path / "own.jsonl", *({"text": f"t{i}", "label": "ab"[i % 2]} for i in range(12)))
+    assert [len(corpus_of(f"data={own}", "k_shot=2").examples(split)) for split in ("train", "validation")] == [4, 4]
+
+
 def test_benchmark_split_errors(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "a", "label": 0}, {"text": "b", "label": 1})
     with pytest.raises(ConfigError, match="no numbers of rows are published for 'labelled': ag_news, boolq"):

@@ -117,3 +117,31 @@ def test_what_makes_one_pass():
     assert OnePass.of([(Masked(dense, {"a": drawn}), 1.0), (other, 2.0)], "a") is None
     assert OnePass.of([(Masked(dense, {"a": drawn}), 1.0), (other, 2.0)], "b").keep is None  # no mask: kept whole
     assert OnePass.of([(dense, 1.0), (Dense(5, 3, 1, ids, "gaussian"), 1.0)], "a") is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_of_directions_is_displaced_in_one_pass_with_the_bits_of_term_by_term(dtype, masked, monkeypatch):
+    view = ParamView.of_tensors(tensors(dtype))
+    M = masks(view, True)
+    Z = [Dense(5, 3, query, view.ids, "gaussian") for query in range(3)]
+    probe = [(Masked(z, M) if masked else z, 0.01 * (i + 1)) for i, z in enumerate(Z)]
+    weight = view["0"].storage
+    rows = torch.tensor([5, 0, 5, 36])
+    value32 = weight.to(torch.float32, copy=True)
+    for z, s in probe:
+        z.accumulate("0", slice(0, len(weight)), value32, s)
+
+    def refused(*_, **__):
+        raise AssertionError("one term at a time")
+
+    monkeypatch.setattr(noise, "accumulate_", refused)
+    out = torch.empty_like(weight)
+    displace(probe, "0", weight, out)
+    assert torch.equal(bits(out), bits(value32.to(dtype)))
+    part, looked_up = torch.empty_like(weight[7:]), torch.empty_like(weight[rows])
+    displace(probe, "0", weight[7:], part, first=7)
+    displace_rows(probe, "0", weight, rows, looked_up)
+    assert torch.equal(bits(part), bits(out[7:])) and torch.equal(bits(looked_up), bits(out[rows]))
+    displace([], "0", weight, out)
+    assert torch.equal(bits(out), bits(weight))

@@ -125,3 +125,25 @@ def test_golden_file_of_this_version():
         (0, (0.001,), (0.5, 0.25), 0),
         (1, (0.0005,), (float("inf"), 0.125), journal.BAD),
     ]
+
+
+def test_a_step_with_more_values_than_a_record_has_room_for(tmp_path):
+    path, many = tmp_path / "journal.bin", [float(i) for i in range(2 * journal.ROOM + 3)]
+    with journal.Writer.create(path, {"groups": 1}) as writer:
+        writer.append([0.5], many)
+        whole = path.stat().st_size
+        writer.append([0.25], [1.0, 2.0])
+        writer.append([0.125], many)
+    found = journal.read(path)
+    assert [r.values for r in found.steps()] == [tuple(many), (1.0, 2.0), tuple(many)]
+    assert [r.lrs for r in found.steps()] == [(0.5,), (0.25,), (0.125,)]
+    assert [r.step for r in found.steps()] == [0, 1, 2] and all(r.flags == 0 for r in found.steps())
+    data = path.read_bytes()
+    for cut in (whole - 1, whole - 8 * 3 - 20, whole // 2):  # a torn step is cut from its first record on
+        path.write_bytes(data[:cut])
+        torn = journal.read(path)
+        assert not torn.records and torn.good_bytes + torn.torn_bytes == cut
+    path.write_bytes(data[: whole + 5])
+    with journal.Writer.resume(journal.read(path)) as writer:
+        writer.append([0.5], [7.0])
+    assert [len(r.values) for r in journal.read(path).steps()] == [len(many), 1]

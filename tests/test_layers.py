@@ -28,7 +28,7 @@ LAYERS = [
     "inputs batched",
     "objective scoring",
     "optim generation",
-    "journal evaluate planner provenance rewards",
+    "journal evaluate planner provenance rewards moving",
     "trainer goal",
     "settings card",
     "run",

@@ -25,7 +25,7 @@ def test_every_preset_is_a_valid_run(method):
     for preset in presets.of_method(method):
         found, _ = filled(preset=preset.name)
         assert found.task in tasks.names() and found.scheme in adapt.names(), preset.name
-        assert found.train_rows or tasks.get(found.task).SIZES, preset.name
+        assert found.k_shot or tasks.get(found.task).SIZES, preset.name
         options = method_config(found.method, found.preset, found.method_args)
         assert options.lr == preset.options["lr"]
         for option, values in preset.grid.items():
@@ -80,7 +80,7 @@ def test_what_the_user_gives_wins():
     assert [line.partition(" ")[0] for line in lines] == ["scheme", "distribution"]
     assert not filled(preset=NAME, eval_data="my.jsonl")[0].benchmark_split
     few, _ = filled(preset="mezo/roberta-large/mnli-k16/full")
-    assert (few.task, few.train_rows, few.dev_rows, few.benchmark_split) == ("mnli", 48, 48, False)
+    assert (few.task, few.k_shot, few.benchmark_split) == ("mnli", 16, False)
     assert filled(preset=NAME, data="my.jsonl")[0].task is None
     assert filled(preset="mezo-ft/opt-13b/sst2/full", steps=5)[0].train.num_train_epochs is None
     decayed, _ = filled(**{"preset": "mezo/roberta-large/sst2-k16/lora", "train.weight_decay": 0.5})

@@ -194,7 +194,11 @@ def test_the_listing_describes_a_task():
     found = describe_task("boolq")
     assert found["sizes"] == (1000, 500, 1000) and "with the prompt of MeZO" in found["text"]
     assert [option["name"] for option in found["options"]] == ["template", "words", "source", "compat_version"]
-    assert describe_task("reviews")["sizes"] is None
+    assert describe_task("sst2")["prompts"] == {
+        "causal": "{sentence} It was {answer}",
+        "masked": "{sentence} It was {answer} .",
+    }
+    assert describe_task("reviews")["sizes"] is None and describe_task("copa")["prompts"] == {}
     assert {task["name"] for task in list_tasks()} == set(tasks.names())
 
 

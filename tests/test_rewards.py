@@ -113,6 +113,20 @@ def test_an_option_that_counts_as_right_is_right():
         assert float(objective.losses([()])) == -want
 
 
+@pytest.mark.parametrize("family,examples", [("llama-tied", ONE_TOKEN), ("gpt2", EXAMPLES), ("bert-classification", ONE_TOKEN)])
+def test_a_model_whose_scores_are_not_numbers_has_no_accuracy(family, examples):
+    """The best of equal NaNs would be the first option: a model that diverged would look right now and then."""
+    engine, tokenizer = engine_of(family), small_tokenizer()
+    objective = in_batches(goal_of("accuracy", examples, tokenizer, engine.kind), engine)
+    assert objective.losses([()]).isfinite()
+    for entry in engine.view:
+        entry.storage.fill_(torch.nan)
+    assert objective.losses([()]).isnan()
+    opt = ZOSGD(engine.view)
+    opt.step(objective)
+    assert not opt.outcome.written
+
+
 def asked(count):
     words = texts.WORDS.replace(":", "").split()
     return [Example(" ".join(words[i : i + 4 + i % 5]), " " + words[i], golds=(words[i], words[i + 3])) for i in range(count)]

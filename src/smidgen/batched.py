@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from smidgen.directions import Probe, restrict
 from smidgen.kinds import Kind
 from smidgen.loss import NOT_INPUTS, Losses, choice_index, grouped, logits_nll, targets
-from smidgen.lowrank import Factored
+from smidgen.lowrank import Factored, is_matrix
 from smidgen.params import ParamView
 from smidgen.population import (
     NotBatchedError,
@@ -83,7 +83,7 @@ class BatchedEngine(Engine):
     def _factored(self, probes: Sequence[Probe]) -> bool:
         """Whether every matrix that the probes displace has factors."""
         terms = [(z, entry) for probe in probes for entry in self.view for z, _ in restrict(probe, entry.name)]
-        return all(isinstance(z, Factored) and (z.has_factors(e.name) or _is_vector(e.tensor)) for z, e in terms)
+        return all(isinstance(z, Factored) and (z.has_factors(e.name) or not is_matrix(e.tensor.shape)) for z, e in terms)
 
     def _at_once(self, batch: Batch, probes: Sequence[Probe]) -> list[Losses]:
         people = Population(probes)
@@ -187,7 +187,3 @@ def repeated(batch: Batch, times: int) -> Batch:
 
 def _tokens(batch: Batch) -> int:
     return batch["input_ids"].numel() if "input_ids" in batch else batch["labels"].shape[0]
-
-
-def _is_vector(tensor: Tensor) -> bool:
-    return tensor.ndim < 2 or min(tensor.shape[0], tensor.numel() // tensor.shape[0]) == 1

@@ -196,7 +196,7 @@ def replay(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
     to: Annotated[Path, typer.Option("--to", help="where the export is written")],
-    form: Annotated[str, typer.Option("--format", help="adapter, merged or peft-lora")] = "merged",
+    form: Annotated[str, typer.Option("--format", help="adapter, merged, peft-lora, peft-supertuning, peft-shira")] = "merged",
     as_json: Json = False,
 ) -> None:
     """Write a tuned model for stock transformers or PEFT, load it in a fresh process and compare its logits."""
@@ -273,7 +273,7 @@ def list_tasks(
     elif name is None:
         _table(("task", "what it is"), [(t["name"], t["title"]) for t in found])
     else:
-        print(found["text"] + "\n")
+        print(found["text"], "", *(f"prompt of a {k} model: {p!r}" for k, p in found["prompts"].items()), sep="\n")
         _table(("option", "default", "meaning"), [(o["name"], str(o["default"]), o["description"]) for o in found["options"]])
         if found["sizes"]:
             print("benchmark_split: {} rows to train on, {} dev rows, {} test rows".format(*found["sizes"]))
@@ -380,6 +380,7 @@ def main() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("smidgen").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import, by PEFT, it names kernels that no run uses
     try:
         app()
     except UserError as error:

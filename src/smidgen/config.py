@@ -193,6 +193,9 @@ class RunConfig(BaseModel):
     benchmark_split: bool = Field(
         False, description="the task's published numbers of rows: dev drawn from training rows by seed, validation is the test"
     )
+    k_shot: int | None = Field(
+        None, ge=1, description="rows of every class to train on, and as many for dev, by seed; validation is the test"
+    )
     max_length: int | None = Field(None, ge=2, description="tokens of a row; none: 95th percentile, at most 1024")
     train_rows: int | None = Field(None, ge=1, description="rows to train on; none: all")
     dev_rows: int | None = Field(None, ge=1, description="rows of the dev split; none: all")
@@ -205,6 +208,10 @@ class RunConfig(BaseModel):
     method_args: dict[str, Any] = Field({}, description="options of the method (see `smidgen methods NAME`)")
     scheme: str = Field("full", description="what is tuned: full, lora, ...")
     scheme_args: dict[str, Any] = Field({}, description="options of the scheme")
+    activations: str | None = Field(
+        None, description="what back-propagation keeps of the forward: velora; none: what torch keeps"
+    )
+    activations_args: dict[str, Any] = Field({}, description="options of activations")
 
     objective: Literal["auto", "answer", "choice", "accuracy", "f1", "exact_match"] = Field(
         "auto",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,16 @@ def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) ->
         else:
             if config.benchmark_split:
                 raise ConfigError(f"benchmark_split is for tasks with published numbers of rows, and '{title}' is none")
+            if config.k_shot is not None:
+                raise ConfigError(f"k_shot = {config.k_shot} counts rows of a class, and the rows of '{title}' have no classes")
             return Corpus(title, None, splits.rows, splits.has, limits, notify, config.chat)
     task = _build_task(name, chosen, title or None)
     splits.data = sources or [task.source]
     if config.benchmark_split:
         splits.sizes = _published(name, config)
+    if config.k_shot is not None:
+        tested = getattr(tasks.get(name), "SIZES", (None, None, None))[2]
+        splits = replace(splits, shots=_shots(task, config), sizes=(None, None, tested), _read={})
     task.read = lambda source, split: splits.rows(split)
     has = functools.partial(_has, splits, name, notify)
     return Corpus(name if name != "labelled" else title, task, splits.rows, has, limits, notify, config.chat)
@@ -137,6 +142,18 @@ def _published(name: str, config: RunConfig) -> tuple[int, int, int]:
     if config.eval_data is not None:
         raise ConfigError("benchmark_split and eval_data both say what the dev rows are: give one of the two")
     return tasks.get(name).SIZES
+
+
+def _shots(task: Task, config: RunConfig) -> tuple[int, Sequence[str]]:
+    """Rows of a class, and the columns that may name it."""
+    assert config.k_shot is not None
+    columns = getattr(task, "label", None)
+    if columns is None:
+        raise ConfigError(f"k_shot = {config.k_shot} counts rows of a class, and the task '{task.name}' has no classes")
+    for key in ("benchmark_split", "eval_data"):
+        if getattr(config, key):
+            raise ConfigError(f"k_shot and {key} both say what the dev rows are: give one of the two")
+    return config.k_shot, columns
 
 
 def _build_task(name: str, chosen: Mapping[str, Any], source: str | None) -> Task:

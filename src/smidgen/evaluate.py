@@ -22,7 +22,7 @@ from smidgen.loss import group_nll
 from smidgen.probing import Batch, Engine
 from smidgen.questions import Candidates, Prompts
 from smidgen.scoring import OptionScorer, best_of_groups, in_batches, on_device
-from smidgen.tasks._answers import exact_match, f1
+from smidgen.tasks._answers import measures
 from smidgen.tasks._example import Example
 
 Metric = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
@@ -130,15 +130,6 @@ class Evaluation:
         return [candidates.options.option[k] for k in best], loss
 
 
-def generated_metric(predictions: Sequence[str], golds: Sequence[tuple[str, ...]]) -> dict[str, float]:
-    """Mean F1 and exact match of answers whose task has no metric of texts."""
-    count = len(golds)
-    return {
-        "f1": sum(f1(p, g) for p, g in zip(predictions, golds, strict=True)) / count,
-        "exact_match": sum(exact_match(p, g) for p, g in zip(predictions, golds, strict=True)) / count,
-    }
-
-
 def evaluation(
     corpus: Corpus,
     split: str,
@@ -167,7 +158,7 @@ def evaluation(
         if kind not in ("causal", "seq2seq"):
             raise ConfigError(f"answers are generated, which a model of kind {kind} does not do: use a causal or seq2seq model")
         prompts = Prompts(examples, tokenizer, kind, max_length, context=context)
-        metric = task.metric if task is not None and free else generated_metric
+        metric = task.metric if task is not None and free else measures
         found.answers = Answers(prompts, Answerer(tokenizer, kind), metric)
     if task is None or free:
         return found

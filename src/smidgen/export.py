@@ -64,6 +64,9 @@ def export(run: Path, to: Path, form: str) -> dict[str, Any]:
         if form == "merged":
             adapted.merged().save_pretrained(to)
             tokenizer.save_pretrained(to)
+        elif form in ("peft-supertuning", "peft-shira"):
+            adapted.export(to, form)
+            tokenizer.save_pretrained(to)
         else:
             folders.publish(adapted, tokenizer, to)
         library = "transformers" if form == "merged" else "peft"

@@ -87,6 +87,13 @@ def clear(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+def withdraw(folder: Path) -> None:
+    """Leave a folder as it was before a start that was refused: without its lock, and gone where nothing else is in it."""
+    (folder / ".lock").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it
+        folder.rmdir()
+
+
 def resumed(config: RunConfig) -> RunConfig:
     """The configuration of the run that `config` asks to resume. Raises ConfigError where there is none, or it is done."""
     if config.output is None:

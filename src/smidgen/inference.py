@@ -44,12 +44,13 @@ def open_folder(name: str, *, classes: int | None = None) -> tuple[Loaded, RunCo
 def evaluate_folder(
     name: str, *, task: str | None, data: str | None, split: str, batch_size: int | None, match: bool = False
 ) -> dict[str, Any]:
-    """Metrics of a run or model on a split of its own data, or of a task or data that is given."""
+    """Metrics of a run or model on a split of its own data, or of another task, or of other rows for the same task."""
     path = Path(name) / folders.RESOLVED
     config = configuration.load(path) if path.exists() else RunConfig(model=name)
-    if task or data:
-        own = {} if task == config.task else {"task_args": {}, "benchmark_split": False}  # another task has other options
-        config = configuration.with_values(config, {"task": task, "data": data, "eval_data": None, "objective": "auto"} | own)
+    other = task not in (None, config.task)  # another task has other options
+    if data is not None or other:
+        new = {"task": task or config.task, "data": data, "eval_data": None, "benchmark_split": False, "k_shot": None}
+        config = configuration.with_values(config, new | ({"task_args": {}, "objective": "auto"} if other else {}))
     corpus = sources.open_corpus(config, notify=notice)
     loaded, _ = open_folder(name, classes=None if corpus.words is None else len(corpus.words))
     engine = Engine(loaded.adapted.model, loaded.adapted.view, loaded.kind)

@@ -10,6 +10,7 @@ from smidgen.config import RunConfig, notice
 from smidgen.config_file import load
 from smidgen.encode import describe, encode
 from smidgen.kinds import detect_kind
+from smidgen.tasks._labelled import LabelledTask
 
 
 def _title(module: Any) -> str:
@@ -61,14 +62,17 @@ def list_tasks() -> list[dict[str, Any]]:
 
 
 def describe_task(name: str) -> dict[str, Any]:
-    """One task: its text, options, and published numbers of rows. Raises ConfigError for an unknown one."""
+    """One task: its text, prompts with label words, options, and published numbers of rows. Raises ConfigError for an
+    unknown one."""
     module = tasks.get(name)
-    fields = module.Config.model_fields
+    fields, task = module.Config.model_fields, module.build(module.Config())
+    forms = {"causal": task.causal, "masked": task.masked} if isinstance(task, LabelledTask) else {}
     return {
         "name": name,
         "status": module.status,
         "text": inspect.getdoc(module),
         "options": [{"name": k, "default": f.default, "description": f.description} for k, f in fields.items()],
+        "prompts": {kind: form.template for kind, form in forms.items() if form is not None},
         "sizes": getattr(module, "SIZES", None),
     }
 

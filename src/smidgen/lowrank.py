@@ -23,13 +23,19 @@ Pair = tuple[Tensor, Tensor]  # A [m, r] and B [n, r], float32
 _BLOCK = 1 << 20  # elements of A B^T formed at once (4 MB); chosen
 
 
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape is displaced by a product of factors: both of its sides are longer than one."""
+    return len(shape) >= 2 and min(shape[0], math.prod(shape[1:])) > 1
+
+
 def matrices(view: ParamView) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of every tuned tensor that is displaced by a product of factors."""
-    return {
-        e.name: (e.tensor.shape[0], math.prod(e.tensor.shape[1:]))
-        for e in view
-        if e.tensor.ndim >= 2 and min(e.tensor.shape[0], math.prod(e.tensor.shape[1:])) > 1
-    }
+    """(rows, columns) of every tuned tensor that is a matrix."""
+    return {e.name: (e.tensor.shape[0], math.prod(e.tensor.shape[1:])) for e in view if is_matrix(e.tensor.shape)}
+
+
+def rank_of(shape: Sequence[int], rank: int) -> int:
+    """The rank of a direction in a matrix: what was asked for, or the smaller side."""
+    return min(rank, shape[0], math.prod(shape[1:]))
 
 
 class Factored:
@@ -93,10 +99,10 @@ class Factored:
 class LowRank(Factored):
     """A fresh left factor at every (step, query), a right factor that stays for a subspace.
 
-    Source: LOZO (Chen et al. 2025, "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures"):
-    D = U V^T with Gaussian U [m, r] and V [n, r]; the entries of D have variance r. `subspace` is the step at which V was
-    drawn; U and V have addresses of their own, so a refresh changes nothing about U. State: none; a matrix costs
-    r (m + n) numbers a use.
+    Source: LOZO (Chen et al. 2025, "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures"), scaled:
+    D = U V^T / sqrt(r) with U [m, r] and V [n, r], whose entries have unit variance as those of dense noise have, so that
+    E[D <G, D>] = G and steps and lengths of dense noise carry over. `subspace` is the step at which V was drawn; U and V have
+    addresses of their own, so a refresh changes nothing about U. State: none; a matrix costs r (m + n) numbers a use.
     """
 
     seed: int
@@ -116,18 +122,19 @@ class LowRank(Factored):
         return Dense(self.seed, self.step, self.query, self.ids, self.distribution, self.support)
 
     def left(self, name: str) -> Tensor:
-        """U [m, r]."""
+        """U / sqrt(r), [m, r]."""
         at = noise.Address(self.seed, self.ids[name], self.step, self.query, noise.PROBE)
-        return self._draw(at, self.shapes[name][0])
+        rank = rank_of(self.shapes[name], self.rank)
+        return self._draw(at, self.shapes[name][0], rank, rank**-0.5)
 
     def right(self, name: str) -> Tensor:
         """V [n, r]."""
         at = noise.Address(self.seed, self.ids[name], self.subspace, 0, noise.SUBSPACE)
-        return self._draw(at, self.shapes[name][1])
+        return self._draw(at, self.shapes[name][1], rank_of(self.shapes[name], self.rank), 1.0)
 
-    def _draw(self, at: noise.Address, rows: int) -> Tensor:
-        out = torch.zeros(rows, self.rank, device=self.device)
-        noise.accumulate_(out, [(at, 1.0)], self.distribution)
+    def _draw(self, at: noise.Address, rows: int, rank: int, scale: float) -> Tensor:
+        out = torch.zeros(rows, rank, device=self.device)
+        noise.accumulate_(out, [(at, scale)], self.distribution)
         return out
 
     def has_factors(self, name: str) -> bool:

@@ -199,6 +199,7 @@ class ClosureObjective:
                 for entry in self.view:
                     if restrict(probe, entry.name):
                         displace(probe, entry.name, saved[entry.name].contiguous(), entry.storage)
+                        entry.version += 1
                 with torch.no_grad():
                     values[p] = float(self.closure())
                 for entry in self.view:

@@ -56,6 +56,20 @@ def tensor_id(name: str) -> int:
 
 
 @dataclass
+class Support:
+    """Where in a matrix the elements of a 1-D tensor act."""
+
+    shape: tuple[int, int]  # of the matrix
+    index: Tensor  # flat row-major positions, sorted and distinct [k]; another tensor after a reselection
+
+
+class SparseShape(tuple[int, ...]):
+    """The shape (k,) of a tensor with a support, which knows the matrix."""
+
+    matrix: tuple[int, int]
+
+
+@dataclass
 class Entry:
     """One tuned tensor."""
 
@@ -64,6 +78,7 @@ class Entry:
     tensor: Tensor
     sites: list[tuple[nn.Module, str]] = field(default_factory=list)  # every (owner module, attribute) that holds it
     version: int = 0  # grows by one at each write: caches of activations key on it
+    support: Support | None = None  # of a tensor whose elements are added to some entries of a frozen matrix
 
     @property
     def storage(self) -> Tensor:
@@ -222,4 +237,12 @@ class ParamView:
 
 def shapes(view: ParamView) -> dict[str, tuple[Sequence[int], torch.dtype]]:
     """What `state_bytes` of a method wants to know about the tuned tensors."""
-    return {e.name: (tuple(e.tensor.shape), e.tensor.dtype) for e in view}
+    return {e.name: (_shape(e), e.tensor.dtype) for e in view}
+
+
+def _shape(entry: Entry) -> tuple[int, ...]:
+    if entry.support is None:
+        return tuple(entry.tensor.shape)
+    shape = SparseShape(entry.tensor.shape)
+    shape.matrix = entry.support.shape
+    return shape

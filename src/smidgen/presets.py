@@ -8,8 +8,7 @@ Most studies publish the grid they searched, not what they found. A preset takes
 (stated to be good by the authors), else the middle of the grid; of two in the middle the larger, with momentum 0.9, whose
 steps are ten times as long, the smaller; for eps 1e-3, the value of MeZO, where the grid has it. `grid` keeps all values.
 
-Rows are those of `benchmark_split`, or k per class. It does not: draw rows by class (k = 16 of each of two classes becomes
-32 rows), choose a model, or set its dtype.
+Rows are those of `benchmark_split`, or k of every class (`k_shot`). It does not: choose a model, or set its dtype.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ _REMARKS = {  # what the public runs did that the method does not
 }
 
 _OPT = "sst2 rte cb boolq wsc wic multirc copa record"
-_ROBERTA = {"sst2": 2, "sst5": 5, "snli": 3, "mnli": 3, "rte": 2, "trec": 6}  # classes: k rows of each
+_ROBERTA = ("sst2", "sst5", "snli", "mnli", "rte", "trec")
 _WHERE = {  # models and tasks that share a line of the table
     "opt": ("opt-13b", _OPT),
     "opt-but-wsc": ("opt-13b", _OPT.replace("wsc ", "")),
@@ -236,9 +235,9 @@ def fill(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     if train.max_steps is not None or train.num_train_epochs is not None:
         given |= {"train.max_steps", "train.num_train_epochs"}
     if config.data is not None or config.task not in (None, preset.task):  # other rows than the preset's
-        given |= {"task", "train_rows", "dev_rows", "benchmark_split", "objective"}
+        given |= {"task", "k_shot", "benchmark_split", "objective"}
     if config.eval_data is not None:
-        given |= {"benchmark_split"}
+        given |= {"k_shot", "benchmark_split"}
     options = {key: value for key, value in preset.options.items() if key not in config.method_args}
     lr = options.pop("lr", None)
     if "train.weight_decay" in given:
@@ -283,7 +282,7 @@ def _preset(study: str, model: str, task: str, method: str, scheme: str, grids: 
     source, keys, options, per_method = _STUDIES[study]
     parts = [study.split()[0], model, task, *([method] if per_method else []), scheme]
     task, _, k = task.partition("-k")
-    rows = {"train_rows": int(k) * _ROBERTA[task], "dev_rows": int(k) * _ROBERTA[task]} if k else {"benchmark_split": True}
+    rows: dict[str, Any] = {"k_shot": int(k)} if k else {"benchmark_split": True}
     read = {option: _grid(text) for option, text in grids.items() if text != "-"}
     taken = {option: named or _middle(option, values, method) for option, (values, named) in read.items()}
     return Preset(

@@ -42,6 +42,7 @@ def replay(base: str, run: Path, to: Path, *, at: int | None = None) -> dict[str
     if config.threads is None:
         torch.set_num_threads(int(head["threads"]))
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     loaded = load(config, head["classes"])
     model, view = loaded.adapted.model, loaded.adapted.view
     init = load_init(view, run)
@@ -55,6 +56,7 @@ def replay(base: str, run: Path, to: Path, *, at: int | None = None) -> dict[str
         for group, lr in zip(optimizer.param_groups, record.lrs, strict=True):
             group["lr"] = lr
         optimizer.step(Replayed(record.values))
+    optimizer.merge_()
     seconds = time.perf_counter() - started
     with folders.locked(to):
         folders.publish(loaded.adapted, loaded.tokenizer, to)

@@ -75,7 +75,7 @@ class Reuse:
             return run()
         depth = self.depth(probe)
         start, state = self._start(held, depth)
-        if probe and self.every and depth // self.every:
+        if probe and self.every and depth >= self.every:
             self._wanted.add(depth // self.every * self.every)
         keep = [p for p in self._wanted if start < p <= depth]
         known = not start or start in self._proven

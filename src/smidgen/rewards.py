@@ -77,15 +77,18 @@ def no_gradient(who: str) -> str:
 
 
 def accuracy(engine: Engine, batch: Batch, probe: Probe = ()) -> Tensor:
-    """1 for each example whose right option, or class, scores highest, else 0. Cost: one forward."""
+    """1 for each example whose right option, or class, scores highest, else 0; NaN where a score is. Cost: one forward."""
     if "groups" in batch:
-        scores = -row_sums(engine, batch, probe).nll / batch["divisors"].cpu()
-        best = best_of_groups(scores, batch["groups"])
-        return batch["accepted"].cpu()[best]
-    chosen = engine.choice_scores(batch, probe).argmax(1)
+        scores, groups = -row_sums(engine, batch, probe).nll / batch["divisors"].cpu(), batch["groups"].cpu()
+        best = best_of_groups(scores, groups)
+        right = batch["accepted"].cpu()[best].double()
+        return right.index_fill(0, groups[scores.isnan()], torch.nan)
+    scores = engine.choice_scores(batch, probe)
     if engine.kind == "classification":
-        return chosen == batch["labels"].view(-1)
-    return chosen == choice_index(targets(batch["labels"], engine.kind).tokens, batch["choices"])
+        golds = batch["labels"].view(-1)
+    else:
+        golds = choice_index(targets(batch["labels"], engine.kind).tokens, batch["choices"])
+    return (scores.argmax(1) == golds).double().masked_fill(scores.isnan().any(1), torch.nan)
 
 
 class AnswerMeasure:

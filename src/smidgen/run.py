@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from smidgen import __version__, adapt, data, memory, models, presets
+from smidgen import __version__, activations, adapt, data, memory, models, presets
 from smidgen import config_file as configuration
 from smidgen import folder as folders
 from smidgen.card import model_card
@@ -24,9 +24,10 @@ from smidgen.config import ConfigError, Interrupted, MemoryRefused, RunConfig, U
 from smidgen.evaluate import HEADLINES, Evaluation, evaluation
 from smidgen.goal import GENERATED, choose_goal, prepare
 from smidgen.kinds import Kind, detect_kind, head_of
+from smidgen.moving import Moving
 from smidgen.params import canonical
 from smidgen.provenance import weights_sha256
-from smidgen.settings import choose, memory_line, options_of, scheme_config, training_arguments
+from smidgen.settings import activations_config, choose, memory_line, options_of, scheme_config, training_arguments
 from smidgen.signals import Signals
 from smidgen.trainer import Trainer, method_config, uses_backward
 
@@ -93,6 +94,7 @@ def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) 
     folder is touched. Raises UserError, whose `exit_code` is the command's."""
     config = folders.resumed(config) if config.resume else presets.fill(config, say)
     scheme_config(config)
+    activations_config(config)
     method_config(config.method, config.preset, config.method_args)
     folder = Path(config.output) if config.output else folders.default_output(config)
     if config.threads:
@@ -112,10 +114,8 @@ def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) 
     arguments = training_arguments(config, folder)
     if dry_run:
         return {"status": "dry run", "output": str(folder), "rows": len(examples), "config": configuration.dump(config)}
-    with folders.locked(folder), Signals() as signals, _explained(config, folder):
-        if config.force and not config.resume:
-            folders.clear(folder)
-        return _train(config, folder, corpus, examples, goal, arguments, signals, say)
+    with folders.locked(folder), Signals() as signals, _explained(config, folder) as start:
+        return _train(config, start, corpus, examples, goal, arguments, signals, say)
 
 
 def _check_kind(config: RunConfig, corpus: data.Corpus) -> Kind:
@@ -127,12 +127,21 @@ def _check_kind(config: RunConfig, corpus: data.Corpus) -> Kind:
     return kind
 
 
+@dataclass
+class _Start:
+    """One start of a run in its folder."""
+
+    folder: Path
+    begun: bool  # whether anything of it stands in the folder; until then a refusal leaves the folder as it was
+
+
 @contextlib.contextmanager
-def _explained(config: RunConfig, folder: Path) -> Any:
+def _explained(config: RunConfig, folder: Path) -> Iterator[_Start]:
     """Turn the ends that a run can meet into a sentence with an exit code, and note them in result.json."""
+    start = _Start(folder, begun=config.resume)
     try:
         try:
-            yield
+            yield start
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise
@@ -151,7 +160,10 @@ def _explained(config: RunConfig, folder: Path) -> Any:
     except UserError as error:
         status = {4: "diverged", 75: "interrupted"}.get(error.exit_code, "failed")
         with contextlib.suppress(OSError):
-            folders.write_json(folder / folders.RESULT, {"status": status, "reason": str(error)})
+            if start.begun:
+                folders.write_json(folder / folders.RESULT, {"status": status, "reason": str(error)})
+            else:
+                folders.withdraw(folder)
         raise
 
 
@@ -199,7 +211,7 @@ def line(logs: dict[str, Any]) -> str:
 
 def _train(
     config: RunConfig,
-    folder: Path,
+    start: _Start,
     corpus: data.Corpus,
     examples: list[Any],
     goal: str,
@@ -207,6 +219,7 @@ def _train(
     signals: Signals,
     say: Say,
 ) -> dict[str, Any]:
+    folder = start.folder
     if config.resume:
         folders.explain_last_end(folder)
     transformers.utils.logging.set_verbosity_error()
@@ -228,6 +241,9 @@ def _train(
         position_ids=models.wants_position_ids(adapted.model),
         scoring=config.scoring,
     )
+    policy, options = None, activations_config(config)
+    if config.activations is not None:
+        policy = activations.get(config.activations).build(adapted.model, options, view=adapted.view, seed=config.seed)
     rows = prepared.rows
     for remark in rows.notices:
         notice(remark)
@@ -236,11 +252,9 @@ def _train(
         config = configuration.with_values(config, {"max_length": rows.max_length})
     names = {"dev": "validation"} | ({"test": "test"} if corpus.has("test") else {})
     splits = {name: evaluation_of(config, corpus, loaded, split) for name, split in names.items()}
-    if not config.resume:
-        folders.write_json(folder / folders.ENVIRONMENT, environment())
-        folders.write_text(
-            folder / folders.RESOLVED, configuration.dump(configuration.with_values(config, {"output": str(folder)}))
-        )
+    for name, split in splits.items():
+        for remark in split.rows.notices:
+            notice(f"{name}: {remark}")
     trainer = Trainer(
         model=adapted.model,
         args=arguments,
@@ -255,15 +269,25 @@ def _train(
         kind=kind,
         view=adapted.view,
         fresh=adapted.fresh,
+        moving=adapted if isinstance(adapted, Moving) else None,
         max_bad_steps=config.max_bad_steps,
         evaluation=splits["dev"],
         build=prepared.build,
         facts={"classes": classes},
+        activations=policy,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # our lines instead
     trainer.create_optimizer()
     assert trainer.engine is not None
     trainer.engine.reuse.every = config.reuse
+    if not config.resume:  # whatever can be refused has been
+        start.begun = True
+        if config.force:
+            folders.clear(folder)
+        folders.write_json(folder / folders.ENVIRONMENT, environment())
+        folders.write_text(
+            folder / folders.RESOLVED, configuration.dump(configuration.with_values(config, {"output": str(folder)}))
+        )
     tuned, total = adapted.view.numel(), sum(p.numel() for p in adapted.model.parameters())
     steps = arguments.max_steps
     say(f"{config.method} on {tuned:,} of {total:,} weights ({kind}, {config.scheme}): {len(rows)} rows, {steps} steps")

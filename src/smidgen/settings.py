@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from smidgen import adapt, models, optim
+from smidgen import activations, adapt, models, optim
 from smidgen import config_file as configuration
 from smidgen.config import ConfigError, MemoryRefused, RunConfig, nearest
 from smidgen.trainer import method_config, uses_backward
@@ -73,6 +74,34 @@ def scheme_config(config: RunConfig) -> Any:
         return scheme.Config(**config.scheme_args)
     except ValueError as error:
         raise ConfigError(f"scheme_args: {error}") from None
+
+
+def activations_config(config: RunConfig) -> Any:
+    """The validated options of `activations`; None where it is not set. Raises ConfigError."""
+    if config.activations is None:
+        if config.activations_args:
+            raise ConfigError(
+                "activations_args without activations: name the policy too, activations=velora, or leave both out"
+            )
+        return None
+    policy = activations.get(config.activations)
+    if not uses_backward(config.method):
+        raise ConfigError(
+            f"activations = {config.activations!r}, but {config.method} works without back-propagation and keeps nothing of "
+            "the forward: leave activations out, or take velora_adamw or another method with back-propagation"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"activations = {config.activations!r} runs as one process: start without torchrun, or leave it out")
+    known = policy.Config.model_fields
+    for name in config.activations_args:
+        if name not in known:
+            raise ConfigError(
+                f"activations {config.activations} has no option {name!r}; did you mean {nearest(name, known)!r}?"
+            )
+    try:
+        return policy.Config(**config.activations_args)
+    except ValueError as error:
+        raise ConfigError(f"activations_args: {error}") from None
 
 
 def training_arguments(config: RunConfig, folder: Path) -> transformers.TrainingArguments:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from smidgen.config import Source
+from smidgen.config import DataError, Source
 from smidgen.rows import DataSpec, canonical_split, has_split, read_rows
 from smidgen.tasks import Row
 
-__all__ = ["Splits", "draw", "mix", "row_hash", "split_rows", "take"]
+__all__ = ["Splits", "draw", "draw_each", "mix", "row_hash", "split_rows", "take"]
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # chosen: a tenth of the rows, enough for +-2 points of accuracy
 
@@ -74,6 +74,31 @@ def draw(rows: Sequence[Row], training: int, dev: int, seed: int) -> tuple[list[
     return [rows[index] for index in sorted(order[:training])], [rows[index] for index in sorted(held)]
 
 
+def draw_each(rows: Sequence[Row], k: int, seed: int, columns: Sequence[str]) -> tuple[list[Row], list[Row]]:
+    """(training rows, dev rows) with k rows of every class in each, drawn by seed as `draw` does. The class stands in the
+    first of the columns that a row has.
+
+    Raises DataError for a class of fewer than 2 k different rows.
+    """
+    hashes = [row_hash(row, f"benchmark {seed}") for row in rows]
+    classes: dict[str, dict[int, int]] = {}  # of a class: the first row with each hash
+    for index, row in enumerate(rows):
+        label = next((row[column] for column in columns if column in row), None)
+        classes.setdefault(str(label), {}).setdefault(hashes[index], index)
+    training: list[int] = []
+    dev: list[int] = []
+    for name, members in sorted(classes.items()):
+        if len(members) < 2 * k:
+            raise DataError(
+                f"k_shot = {k} needs {2 * k} rows of every class, half of them for dev, and {columns[0]} {name} has "
+                f"{len(members)}: take at most {len(members) // 2}"
+            )
+        order = [members[value] for value in sorted(members)]
+        training += order[:k]
+        dev += order[k : 2 * k]
+    return [rows[index] for index in sorted(training)], [rows[index] for index in sorted(dev)]
+
+
 def mix(parts: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> list[Row]:
     """One epoch of several sources, spread evenly: source k shows each row weights[k] times (a part of one by hash)."""
     if len(parts) == 1 and weights[0] == 1:
@@ -95,13 +120,15 @@ class Splits:
 
     sizes: (training, dev, test) rows of a benchmark: training and dev drawn from the training rows, and the test from
     the validation rows, the same for every seed, because the test rows of most sets are published without labels.
+    shots: (k, columns of the label): the same with k rows of every class for training and for dev; `sizes` gives the test.
     """
 
     data: Sequence[str | Source]
     eval_data: DataSpec | None
     seed: int
     notify: Callable[[str], None]
-    sizes: tuple[int, int, int] | None = None
+    sizes: tuple[int | None, int | None, int | None] | None = None
+    shots: tuple[int, Sequence[str]] | None = None
     _read: dict[str, list[Row]] = field(default_factory=dict)
 
     def rows(self, split: str) -> list[Row]:
@@ -126,7 +153,7 @@ class Splits:
             return True
         return has_split(self.data, "test") or (self.sizes is not None and has_split(self.data, "validation"))
 
-    def _read_benchmark(self, split: str, sizes: tuple[int, int, int]) -> None:
+    def _read_benchmark(self, split: str, sizes: tuple[int | None, int | None, int | None]) -> None:
         training, dev, test = sizes
         if split == "test":
             named = "validation" if has_split(self.data, "validation") else "test"
@@ -135,9 +162,14 @@ class Splits:
             self.notify(f"the test rows are {len(self._read[split])} of the {len(rows)} {named} rows")
             return
         rows = read_rows(self.data, "train")
-        self._read["train"], self._read["validation"] = draw(rows, training, dev, self.seed)
-        made = len(self._read["train"]), len(self._read["validation"])
-        less = "" if made == (training, dev) else f", fewer than the published {training} and {dev}"
+        if self.shots is not None:
+            drawn = draw_each(rows, self.shots[0], self.seed, self.shots[1])
+        else:
+            assert training is not None and dev is not None
+            drawn = draw(rows, training, dev, self.seed)
+        self._read["train"], self._read["validation"] = drawn
+        made = len(drawn[0]), len(drawn[1])
+        less = "" if self.shots or made == (training, dev) else f", fewer than the published {training} and {dev}"
         self.notify(f"{made[0]} rows to train on and {made[1]} dev rows, drawn from {len(rows)} training rows{less}")
 
     def _read_training(self) -> None:

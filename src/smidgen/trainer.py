@@ -10,6 +10,7 @@ the start, with recorded numbers in place of forward passes until the journal en
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -28,6 +29,7 @@ from smidgen import presets as published
 from smidgen.batched import BatchedEngine
 from smidgen.config import ConfigError, Diverged, nearest, notice
 from smidgen.folder import JOURNAL
+from smidgen.moving import MovingMixin
 from smidgen.objective import CalledObjective, ModelObjective, Objective, Recorded, Reduced, Replayed
 from smidgen.optim._optimizer import Optimizer
 from smidgen.params import ParamView
@@ -88,7 +90,8 @@ class ForwardOnlyMixin:
     own_loss: False calls the trainer's `compute_loss` unchanged;
     view, fresh: the tuned tensors (default: all with requires_grad), and the names of those that are not in the base;
     max_bad_steps: bad steps in a row before the run ends as diverged;
-    facts: further entries of the journal's header.
+    facts: further entries of the journal's header;
+    activations: a policy of `smidgen.activations` in the model: its vectors go into checkpoints and come back on resume.
     """
 
     method = "zo_sgd"
@@ -108,6 +111,7 @@ class ForwardOnlyMixin:
         fresh: Iterable[str] | None = None,
         max_bad_steps: int = 20,
         facts: Mapping[str, Any] | None = None,
+        activations: Any = None,
         **kwargs: Any,
     ):
         self.method = method or self.method
@@ -125,9 +129,15 @@ class ForwardOnlyMixin:
             raise ConfigError("fp16=True scales gradients, which these methods do not have: use bf16=True or float16 weights")
         if training.n_gpu > 1:
             raise ConfigError(f"{training.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one")
+        if training.load_best_model_at_end and _optimizer_class(optim.get(self.method)).lazy:
+            raise ConfigError(
+                f"load_best_model_at_end puts back weights without what {self.method} has not merged into them: keep "
+                "checkpoints with save_steps and rebuild the best step with `smidgen replay --at STEP`"
+            )
         training.max_grad_norm = 0.0  # clipping belongs to the method
         training.logging_nan_inf_filter = False  # a NaN is shown as a NaN
         self.kind, self._view, self._fresh, self.max_bad_steps, self._facts = kind, view, fresh, max_bad_steps, facts
+        self._activations = activations
         self.engine: Engine | None = None
         self._micro: list[Batch] = []
         self._checked = False
@@ -162,8 +172,12 @@ class ForwardOnlyMixin:
             resume = self._open_journal(resume)
         elif resume is True:
             resume = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+        if self._activations is not None and resume:
+            self._activations.load(Path(resume))
         try:
-            return super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
+            output = super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
+            self.stepper.merge_()
+            return output
         finally:
             if self._writer is not None:
                 self._writer.close()
@@ -289,9 +303,17 @@ class ForwardOnlyMixin:
                 logs["zo/forwards"] = self.engine.forwards
         super().log(logs, start_time)  # type: ignore[misc]
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, at theta."""
+        offset = self.stepper.offset() if self.engine is not None else ()
+        with contextlib.nullcontext() if not offset else self.engine.displaced(offset):  # type: ignore[union-attr]
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self._writer is not None:
             self._writer.sync()  # a checkpoint never stands ahead of the journal
+        if self._activations is not None:
+            self._activations.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")  # type: ignore[attr-defined]
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -328,7 +350,7 @@ def forward_only(trainer: type, method: str = "zo_sgd", *, preset: str | None = 
     return type(f"ForwardOnly{trainer.__name__}", (ForwardOnlyMixin, trainer), attributes)
 
 
-class Trainer(ForwardOnlyMixin, transformers.Trainer):  # type: ignore[misc]
+class Trainer(MovingMixin, ForwardOnlyMixin, transformers.Trainer):  # type: ignore[misc]
     """The Trainer of a run: every method, our loss at label positions only, our evaluation.
 
     `evaluation` maps a dataset to metrics (see `smidgen.evaluate`); by default only the loss is computed. `build` makes a

@@ -67,6 +67,21 @@ class Quadratic:
         return all(torch.equal(t.detach(), s) for t, s in zip(self.tensors, saved, strict=True))
 
 
+def theta(problem: Quadratic, opt) -> torch.Tensor:
+    """Weights and offset, flat, float64."""
+    parts = []
+    for entry in opt.view:
+        moved = torch.zeros(entry.tensor.shape)
+        for z, s in restrict(opt.offset(), entry.name):
+            z.accumulate(entry.name, slice(0, len(moved) if moved.ndim else 1), moved.view(-1, _width(moved)), s)
+        parts.append((entry.storage.double() + moved.double()).flatten())
+    return torch.cat(parts)
+
+
+def _width(tensor: torch.Tensor) -> int:
+    return tensor.numel() // tensor.shape[0] if tensor.ndim else 1
+
+
 def make(method: str, problem: Quadratic, **options):
     module = METHODS[method]
     view = ParamView.of_tensors(problem.tensors)
@@ -96,12 +111,15 @@ class Spy:
 @every_method
 def test_loss_falls_on_a_quadratic(method):
     ends = []
-    for lr in (LR, LR / 10):  # momentum multiplies the rate by ten
+    for lr in (LR, LR / 10, LR * 4):  # momentum multiplies the rate by ten; sums that never decay want a larger one
+        if ends and min(ends) < 0.3:
+            break
         problem = Quadratic()
         opt = make(method, problem, lr=lr)
         first = float(problem.loss())
         for _ in range(400):
             opt.step(problem.loss)
+        opt.merge_()
         ends.append(float(problem.loss()) / first)
     assert min(ends) < 0.3
 
@@ -115,10 +133,10 @@ def test_update_lies_along_the_probed_directions(method):
     directions = []
     for _ in range(3):
         directions = directions if memory else []  # what is remembered moves along the directions of steps before
-        before = problem.copy()
+        before = theta(problem, opt)
         spy = Spy(problem, view)
         opt.step(spy)
-        moved = torch.cat([(t.detach() - b).flatten() for t, b in zip(problem.tensors, before, strict=True)]).double()
+        moved = theta(problem, opt) - before
         for probe in spy.probes:
             total = [torch.zeros(e.tensor.shape) for e in view]
             for entry, out in zip(view, total, strict=True):
@@ -153,6 +171,7 @@ def test_another_seed_other_bits(method):
         opt = make(method, problem, seed=seed)
         for _ in range(3):
             opt.step(problem.loss)
+        opt.merge_()
         ends.append(problem.copy())
     assert not torch.equal(ends[0][0], ends[1][0])
 
@@ -168,6 +187,7 @@ def test_replay_equals_live(method, dtype):
         recorded = Recorded(ClosureObjective(problem.loss, opt.view))
         opt.step(recorded)
         transcript.append((opt.param_groups[0]["lr"], recorded.values))
+    opt.merge_()
     twin = Quadratic(dtype)
     other = make(method, twin)
     for lr, values in transcript:
@@ -175,6 +195,7 @@ def test_replay_equals_live(method, dtype):
         replayed = Replayed(values)
         other.step(replayed)
         assert replayed.done()
+    other.merge_()
     assert twin.equals(problem.copy())
 
 

@@ -11,7 +11,7 @@ from families import FAMILIES, batch, make
 from smidgen.config import ConfigError
 from smidgen.directions import Dense
 from smidgen.objective import ModelObjective
-from smidgen.optim.hybrid import Hybrid
+from smidgen.optim.hybrid import Config, Hybrid, parts
 from smidgen.params import ParamView, shapes
 from smidgen.probing import Engine
 
@@ -43,6 +43,8 @@ def test_parts_that_would_be_empty_are_named():
         Hybrid(view, pattern="weight|bias")
     with pytest.raises(ConfigError, match="pattern 'conv' matches none"):
         Hybrid(view, pattern="conv")
+    with pytest.raises(ConfigError, match=r"none of the tuned tensors, such as 'prompt\.weight', belongs to a layer"):
+        parts(["prompt.weight"], Config())
 
 
 def test_no_activation_of_the_lower_part_is_kept_for_the_backward_pass():

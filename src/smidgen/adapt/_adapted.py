@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -41,3 +41,20 @@ class Adapted(Protocol):
 
         Raises ConfigError with the reason where no plain model computes the same.
         """
+
+
+@runtime_checkable
+class Moving(Protocol):
+    """An Adapted whose tuned positions move while it trains; the trainer calls these (see `smidgen.moving`)."""
+
+    def begin(self, optimizer: Any) -> None:
+        """Before the first step. Raises ConfigError where the optimizer cannot follow."""
+
+    def after_step(self, optimizer: Any, steps: int) -> None:
+        """After each step of the optimizer, of `steps` in all."""
+
+    def save_state(self, folder: Path) -> None:
+        """What `save` writes, and all that a run needs to go on from here."""
+
+    def load_state(self, folder: Path) -> None:
+        """Read what `save_state` wrote."""

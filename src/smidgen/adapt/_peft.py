@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+
+
+def wrapped(model: nn.Module, config: Any) -> Any:
+    """PEFT's model around `model`. PEFT asks for a property that transformers has renamed; its user cannot change that."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 
 
 def new_modules(model: nn.Module, fresh: set[str]) -> list[str]:

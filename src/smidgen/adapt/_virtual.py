@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen import noise
-from smidgen.adapt._peft import load_adapter, new_modules
+from smidgen.adapt._peft import load_adapter, new_modules, wrapped
 from smidgen.config import ConfigError
 from smidgen.noise import philox
 from smidgen.params import ParamView, tensor_id
@@ -59,15 +59,13 @@ class Virtual:
 
     def __init__(self, model: nn.Module, config: Any, init: Callable[[], Tensor], fresh: Sequence[str]):
         """`config`: PEFT's, without its task; `init`: the values of the embedding matrix."""
-        import peft
-
         kind = kind_of(model)
         config.task_type = _TASKS[kind]
         heads = new_modules(model, set(fresh))
         config.modules_to_save = heads or None
         values = init()
         with torch.random.fork_rng(devices=[]):  # PEFT draws the matrix; it is written over
-            self.model: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+            self.model: nn.Module = wrapped(model, config)
         self.model.train(model.training)
         matrix = self.model.get_parameter(NAME)
         matrix.data.copy_(values)

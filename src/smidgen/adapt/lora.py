@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from smidgen.adapt._adapted import SchemeConfig
-from smidgen.adapt._peft import load_adapter, new_modules
+from smidgen.adapt._peft import load_adapter, new_modules, wrapped
 from smidgen.config import ConfigError, notice
 from smidgen.params import ParamView
 
@@ -55,12 +55,12 @@ class LoRA:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                self.model = peft.get_peft_model(model, peft.LoraConfig(target_modules=config.target_modules, **options))  # type: ignore[arg-type]
+                self.model = wrapped(model, peft.LoraConfig(target_modules=config.target_modules, **options))
             except ValueError as error:
                 if config.target_modules is not None:
                     raise ConfigError(f"scheme_args.target_modules: {error}") from None
                 notice("PEFT names no LoRA targets for this model type: adapting all linear layers")
-                self.model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **options))  # type: ignore[arg-type]
+                self.model = wrapped(model, peft.LoraConfig(target_modules="all-linear", **options))
         self.view = ParamView.of_model(self.model)
         self.fresh = list(self.view.entries)
 

@@ -80,6 +80,11 @@ def matches(names: Sequence[str], pattern: str | None) -> dict[str, str]:
 def upper(names: Sequence[str], top: int) -> list[str]:
     """Tensors of the `top` last layers and of what follows the stack. Raises ConfigError where there are not so many."""
     layers = list(dict.fromkeys(layer for name in names if (layer := layer_of(name)) is not None))
+    if not layers:
+        raise ConfigError(
+            f"none of the tuned tensors, such as {names[0]!r}, belongs to a layer, so there is no upper part: take another "
+            "scheme, such as lora, or another method"
+        )
     if top > len(layers):
         raise ConfigError(f"top = {top}, but the tuned tensors belong to {len(layers)} layers: take a smaller top or a pattern")
     last = set(layers[len(layers) - top :])

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from smidgen import noise
+from smidgen.activations._compressed import drop
+from smidgen.directions import Probe
 from smidgen.objective import Objective, as_objective
 from smidgen.params import ParamView
 
@@ -40,6 +42,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     uses: ClassVar[frozenset[str]]
+    lazy: ClassVar[bool] = False  # whether it may hold an offset between steps
 
     def __init__(self, params: ParamView | Iterable[Any], config: Any):
         groups: list[dict[str, Any]]
@@ -63,9 +66,12 @@ class Optimizer(torch.optim.Optimizer):
     def _step(self, objective: Objective) -> Outcome:
         raise NotImplementedError
 
-    def offset(self) -> tuple[()]:
-        """The part of theta that is not yet written into the weights."""
+    def offset(self) -> Probe:
+        """The part of theta that is not yet written into the weights: theta = weights + offset."""
         return ()
+
+    def merge_(self) -> None:
+        """Write the offset into the weights, at the end of a run. Theta stays what it is, up to one rounding."""
 
     def _scalars(self) -> dict[str, Any]:
         """Scalar state beyond the step counter, for `state_dict`."""
@@ -85,6 +91,11 @@ class Optimizer(torch.optim.Optimizer):
         self.bad_steps = 0 if self.outcome.written else self.bad_steps + 1
         self.t += 1
         return self.outcome.loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, and lets go of gradients in compressed form."""
+        super().zero_grad(set_to_none)
+        drop(e.tensor for e in self.view)
 
     def names_of(self, group: dict[str, Any]) -> list[str]:
         """Names of a group's tensors."""

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from smidgen import noise
-from smidgen.directions import Dense, Distribution, Probe
+from smidgen.directions import Dense, Direction, Distribution, Probe
 from smidgen.objective import Objective
 from smidgen.optim._blocks import rewrite_
 from smidgen.optim._optimizer import MethodConfig, Optimizer, Outcome
@@ -131,6 +131,22 @@ class Estimate:
         return Outcome(self.loss, written=True, voided=self.voided, measures={"zo/projected_grad": self.slope, **measures})
 
 
+def differences(
+    objective: Objective, Z: Sequence[Direction], eps: float, sides: int, base: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(c [n], losses beside them [n]) along n directions: 2n forwards with two sides, n + 1 with one, n where its `base`,
+    the loss at theta, is known."""
+    if sides == 2:
+        L = objective.losses([((z, s * eps),) for z in Z for s in (1, -1)]).view(-1, 2)
+        return (L[:, 0] - L[:, 1]) / (2 * eps), L.mean(1)
+    probes: list[Probe] = [((z, eps),) for z in Z]
+    if base is None:
+        base, L = objective.losses([(), *probes]).split([1, len(Z)])
+    else:
+        L = objective.losses(probes)
+    return (L - base) / eps, base.expand(len(Z))
+
+
 class ValueOptimizer(Optimizer):
     """Base of methods that move along one estimate a step. State: the running RMS and, for residual, the last loss."""
 
@@ -146,16 +162,10 @@ class ValueOptimizer(Optimizer):
         cfg = self.config
         if self.t == 0:
             warn_if_stuck(self.view, cfg.eps)
-        ids, eps, q = self.view.ids, cfg.eps, cfg.queries
-        Z = [Dense(cfg.seed, self.t, i, ids, cfg.distribution) for i in range(q)]
-        if cfg.sides == 2:
-            L = objective.losses([((z, s * eps),) for z in Z for s in (1, -1)]).view(q, 2)
-            c = (L[:, 0] - L[:, 1]) / (2 * eps)
-            base = L.mean(1)
-        elif cfg.sides == 1:
-            L = objective.losses([(), *(((z, eps),) for z in Z)])
-            c = (L[1:] - L[0]) / eps
-            base = L[:1].expand(q)
+        eps = cfg.eps
+        Z = [Dense(cfg.seed, self.t, i, self.view.ids, cfg.distribution) for i in range(cfg.queries)]
+        if cfg.sides in (1, 2):
+            c, base = differences(objective, Z, eps, cfg.sides)
         else:
             base = objective.losses([((z, eps),) for z in Z])
             c = (base - (base if self.last is None else self.last)) / eps

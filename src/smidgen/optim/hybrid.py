@@ -33,7 +33,7 @@ from smidgen.objective import Objective
 from smidgen.optim._gradients import adamw_, adamw_bytes, descend
 from smidgen.optim._groups import matches, upper, without
 from smidgen.optim._optimizer import Optimizer, Outcome
-from smidgen.optim._values import Estimate, RunningRMS, ScaledConfig, suggested, warn_if_stuck
+from smidgen.optim._values import Estimate, RunningRMS, ScaledConfig, differences, suggested, warn_if_stuck
 from smidgen.params import ParamView
 
 status = "experimental"
@@ -90,14 +90,9 @@ class Hybrid(Optimizer):
         return Outcome(loss if first else g.loss, written=True, voided=g.voided + (not first), measures=measures)
 
     def _estimate(self, objective: Objective, loss: float) -> Estimate:
-        cfg, eps, q = self.config, self.config.eps, self.config.queries
-        Z = [Dense(cfg.seed, self.t, i, self.view.ids, cfg.distribution, frozenset(self.lower)) for i in range(q)]
-        if cfg.sides == 2:
-            L = objective.losses([((z, s * eps),) for z in Z for s in (1, -1)]).view(q, 2)
-            c, base = (L[:, 0] - L[:, 1]) / (2 * eps), L.mean(1)
-        else:
-            base = torch.full((q,), loss, dtype=torch.float64)
-            c = (objective.losses([((z, eps),) for z in Z]) - base) / eps
+        cfg, lower = self.config, frozenset(self.lower)
+        Z = [Dense(cfg.seed, self.t, i, self.view.ids, cfg.distribution, lower) for i in range(cfg.queries)]
+        c, base = differences(objective, Z, cfg.eps, cfg.sides, torch.tensor([loss], dtype=torch.float64))
         return Estimate.of(Z, c, base, self.rms if cfg.normalise == "rms" else None)
 
     def _update(self, group: dict[str, Any], gradient: Tensor, state: dict[str, Any], weight: Tensor) -> None:

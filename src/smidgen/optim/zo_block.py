@@ -27,7 +27,7 @@ from smidgen.directions import Dense
 from smidgen.objective import Objective
 from smidgen.optim._groups import Level, groups
 from smidgen.optim._optimizer import Optimizer, Outcome
-from smidgen.optim._values import Estimate, RunningRMS, ScaledConfig, suggested, warn_if_stuck
+from smidgen.optim._values import Estimate, RunningRMS, ScaledConfig, differences, suggested, warn_if_stuck
 from smidgen.params import ParamView
 
 status = "experimental"
@@ -99,15 +99,10 @@ class ZOBlock(Optimizer):
 
     def _estimates(self, objective: Objective, together: list[int]) -> list[Estimate]:
         """Estimates of some blocks at one theta."""
-        cfg, eps = self.config, self.config.eps
+        cfg = self.config
         Z = [self.directions(b) for b in together]
         shape = (len(together), cfg.queries)
-        if cfg.sides == 2:
-            L = objective.losses([((z, s * eps),) for block in Z for z in block for s in (1, -1)]).view(*shape, 2)
-            c, base = (L[..., 0] - L[..., 1]) / (2 * eps), L.mean(-1)
-        else:
-            L = objective.losses([(), *(((z, eps),) for block in Z for z in block)])
-            c, base = (L[1:] - L[0]).view(shape) / eps, L[:1].expand(shape)
+        c, base = (x.view(shape) for x in differences(objective, [z for block in Z for z in block], cfg.eps, cfg.sides))
         rms = [self.rms[b] if cfg.normalise == "rms" else None for b in together]
         return [Estimate.of(*parts) for parts in zip(Z, c, base, rms, strict=True)]
 

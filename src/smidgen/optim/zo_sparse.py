@@ -47,9 +47,9 @@ _MEZO: dict[str, Any] = {"distribution": "gaussian", "normalise": "none", "lr": 
 
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2402.15751: a threshold for each layer from the pretrained weights, .5 to .8 works best; the rest is MeZO's.
-    "sparse-mezo": {**_MEZO, "mask": "small", "group": "layer", "sparsity": 0.75},
+    "sparse_mezo": {**_MEZO, "mask": "small", "group": "layer", "sparsity": 0.75},
     # ZO-Bench's sweep on SST-2 with OPT-1.3B, sparsity .1 to .9, as its public code runs it.
-    "zo-bench": {**_MEZO, "mask": "random", "group": "global", "compat_normal_threshold": True},
+    "zo_bench": {**_MEZO, "mask": "random", "group": "global", "compat_normal_threshold": True},
 }
 
 SUGGESTED = suggested(normalise="rms")
@@ -58,7 +58,9 @@ SUGGESTED = suggested(normalise="rms")
 class Config(ScaledConfig):
     """Options of sparse ZO-SGD: those of ZO-SGD, and the mask."""
 
-    sparsity: float = Field(0.5, ge=0, lt=1, allow_inf_nan=False, description="share of the weights that stay, s; 0: zo_sgd")
+    sparsity: float = Field(
+        0.5, ge=0, lt=1, allow_inf_nan=False, description="share of the weights that stand still, s; 0: zo_sgd"
+    )
     mask: Literal["random", "small", "large", "wanda"] = Field(
         "random", description="which weights move: random, small or large |w|, or wanda: large |w| times the norm of its input"
     )

@@ -11,7 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-__all__ = ["exact_match", "f1", "normalised"]
+__all__ = ["exact_match", "f1", "measures", "normalised"]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -29,6 +29,16 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
     """1.0 where the answer equals an accepted one, else 0.0."""
     return float(any(normalised(prediction) == normalised(gold) for gold in golds))
+
+
+def measures(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Mean F1 and exact match of answers, each against its accepted ones."""
+    if len(predictions) != len(golds) or not golds:
+        raise ValueError(f"{len(predictions)} predictions for {len(golds)} golds: as many of both, at least one")
+    pairs = list(zip(predictions, golds, strict=True))
+    return {
+        name: sum(score(*pair) for pair in pairs) / len(pairs) for name, score in (("f1", f1), ("exact_match", exact_match))
+    }
 
 
 def _f1(prediction: list[str], gold: list[str]) -> float:

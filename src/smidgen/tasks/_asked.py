@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smidgen.config import ConfigError, DataError
-from smidgen.tasks._answers import exact_match, f1
+from smidgen.tasks._answers import measures
 from smidgen.tasks._example import Example, Reader, Row, read_folder
 from smidgen.tasks._labelled import accuracy
 
@@ -45,12 +45,4 @@ class AskedTask:
 
     def metric(self, predictions: Sequence[Any], golds: Sequence[Any]) -> dict[str, float]:
         """Accuracy of chosen options (indices); F1 and exact match, means over questions, of generated texts."""
-        if not self.free:
-            return {"accuracy": accuracy(predictions, golds)}
-        if len(predictions) != len(golds) or not golds:
-            raise ValueError(f"{len(predictions)} predictions for {len(golds)} golds: as many of both, at least one")
-        pairs = list(zip(predictions, golds, strict=True))
-        return {
-            "f1": sum(f1(text, accepted) for text, accepted in pairs) / len(pairs),
-            "exact_match": sum(exact_match(text, accepted) for text, accepted in pairs) / len(pairs),
-        }
+        return measures(predictions, golds) if self.free else {"accuracy": accuracy(predictions, golds)}
