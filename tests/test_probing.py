@@ -148,7 +148,7 @@ def test_a_soft_cap_above_ordinary_logits_is_noticed():
     engine = engine_of(model, kind)
     data = batch(kind)
     losses = engine.losses(data)  # the first batch is the self-check
-    assert engine._own_head
+    assert engine.own_head
     assert torch.allclose(mean(losses).float(), own_loss(model, data), atol=1e-6)
     with torch.no_grad():
         model.lm_head.weight.mul_(500.0)  # now the cap bends the logits

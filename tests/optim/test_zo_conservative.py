@@ -44,7 +44,8 @@ class Scripted:
 def test_the_loss_is_the_least_of_the_three(dtype, options, lr):
     weights = starts(dtype)
     opt = ZOConservative(weights, lr=lr, eps=0.1, rounding="nearest", seed=1, **options)
-    kept = 0
+    kept, writes, write = 0, [], opt.view.apply_
+    opt.view.apply_ = lambda *a, **k: writes.append(write(*a, **k))
     for _ in range(6):
         before = [w.clone() for w in weights]
         recorded = Recorded(ClosureObjective(lambda: loss_of(weights), opt.view))
@@ -55,7 +56,7 @@ def test_the_loss_is_the_least_of_the_three(dtype, options, lr):
         if opt.outcome.measures["zo/move"] == 0.0:
             kept += 1
             assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
-    assert all(e.version == 6 - kept for e in opt.view)  # theta is written by accepted moves only
+    assert len(writes) == 6 - kept  # theta is written by accepted moves only
     if lr == 0.3:
         assert kept > 0
 
