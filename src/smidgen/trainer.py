@@ -283,8 +283,8 @@ class ForwardOnlyMixin:
             inner = CalledObjective(engine, batches, called, scaled=scaled)
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         several = ranks and torch.distributed.get_world_size() > 1
-        if several and self.backward and "losses" in self.stepper.uses:
-            raise ConfigError(f"{self.method} mixes back-propagation and loss values: run it without torchrun, as one process")
+        if several and self.backward:
+            raise ConfigError(f"{self.method} does not add up the gradients of several ranks: run it as one process")
         return Reduced(inner) if several and not self.backward else inner
 
     # -- what Trainer reports -----------------------------------------------------------------------------------------
