@@ -9,7 +9,7 @@ import torch
 
 from families import FAMILIES, batch, make
 from smidgen.batched import BatchedEngine, unsupported
-from smidgen.lowrank import Explicit, LowRank, joined, matrices
+from smidgen.lowrank import Accumulated, LowRank, matrices
 from smidgen.objective import ModelObjective
 from smidgen.params import ParamView
 from smidgen.probing import Engine
@@ -74,10 +74,9 @@ def test_sixteen_bits_agree_as_far_as_their_rounding_goes():
 def test_an_offset_on_the_same_subspace_and_one_on_another():
     slow, fast, view, kind = engines("opt-tied")
     z = LowRank(3, 1, 0, view.ids, matrices(view), 2, 0)
-    same = Explicit({n: (torch.randn(m, 2, generator=_rng()), z.right(n)) for n, (m, _) in z.shapes.items()}, z.right_key)
-    other = Explicit(
-        {n: (torch.randn(m, 3, generator=_rng()), torch.randn(k, 3, generator=_rng())) for n, (m, k) in z.shapes.items()}
-    )
+    same = Accumulated({n: torch.randn(m, 2, generator=_rng()) for n, (m, _) in z.shapes.items()}, z)
+    third = LowRank(3, 1, 0, view.ids, z.shapes, 3, 7)
+    other = Accumulated({n: torch.randn(m, 3, generator=_rng()) for n, (m, _) in z.shapes.items()}, third)
     rows = batch(kind, seed=10, labels="all")
     probes = [((same, 0.03), (z, s)) for s in (0.05, -0.05)] + [((other, 0.02), (z, 0.05)), ((same, 0.03),)]
     for probe, found in zip(probes, fast.together(rows, probes), strict=True):
@@ -90,16 +89,6 @@ def test_a_displaced_layer_that_is_forgotten_is_noticed(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "smidgen"):
         fast.together(batch(kind, seed=10, labels="all"), probes_of(view, 1, scale=1e-4))
     assert "losses differ" in caplog.text
-
-
-def test_joined_is_the_sum():
-    rng = _rng()
-    B, C = torch.randn(5, 2, generator=rng), torch.randn(5, 1, generator=rng)
-    lefts = [torch.randn(4, r, generator=rng) for r in (2, 1, 2)]
-    terms = list(zip(zip(lefts, (B, C, B), strict=True), (0.5, 2.0, -1.0), strict=True))
-    A, right = joined(terms)
-    assert A.shape == (4, 3)
-    assert torch.allclose(A @ right.T, sum(s * a @ b.T for (a, b), s in terms), atol=1e-5)
 
 
 def _rng():

@@ -8,7 +8,7 @@ shared. The batched engine never forms A B^T: it multiplies activations with B a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,34 +144,26 @@ class LowRank(Factored):
         return self.seed, self.ids[name], self.subspace, self.rank, self.distribution
 
 
-class Explicit(Factored):
-    """Factors that are held: left factors that accumulate on a right one, or an adapter. Every tensor in it has factors.
+@dataclass(frozen=True)
+class Accumulated(Factored):
+    """Left factors that are held, on the right factors of a subspace. Every tensor in it has factors."""
 
-    keys: `right_key` of each tensor, to share products with the directions that B belongs to; by default B's identity.
-    """
+    lefts: Mapping[str, Tensor]
+    subspace: LowRank  # any direction of the subspace
 
-    def __init__(self, pairs: Mapping[str, Pair], keys: Callable[[str], Hashable] | None = None):
-        self.pairs, self.keys = pairs, keys
-        self.support = frozenset(pairs)
+    @property
+    def support(self) -> frozenset[str]:  # type: ignore[override]
+        """The tensors that have moved."""
+        return frozenset(self.lefts)
 
     def has_factors(self, name: str) -> bool:
-        return name in self.pairs
+        return name in self.lefts
 
     def left(self, name: str) -> Tensor:
-        return self.pairs[name][0]
+        return self.lefts[name]
 
     def right(self, name: str) -> Tensor:
-        return self.pairs[name][1]
+        return self.subspace.right(name)
 
     def right_key(self, name: str) -> Hashable:
-        return id(self.pairs[name][1]) if self.keys is None else self.keys(name)
-
-
-def joined(terms: Sequence[tuple[Pair, float]]) -> Pair:
-    """One pair of factors of sum(scale * A_k B_k^T). Ranks add up; terms with the same B (one tensor) share its columns."""
-    lefts: dict[int, Tensor] = {}
-    rights: dict[int, Tensor] = {}
-    for (A, B), scale in terms:
-        lefts[id(B)] = lefts[id(B)] + scale * A if id(B) in lefts else scale * A
-        rights[id(B)] = B
-    return torch.cat(list(lefts.values()), 1), torch.cat(list(rights.values()), 1)
+        return self.subspace.right_key(name)

@@ -45,6 +45,7 @@ class Population:
         m = entry.tensor.shape[0]
         lefts: list[dict[Hashable, Tensor]] = []
         rights: dict[Hashable, Tensor] = {}
+        drawn: dict[int, Tensor] = {}  # left factors by direction: a mirrored pair has the same one
         for probe in self.probes:
             mine: dict[Hashable, Tensor] = {}
             for z, scale in restrict(probe, entry.name):
@@ -52,7 +53,9 @@ class Population:
                 key = z.right_key(entry.name)
                 if key not in rights:
                     rights[key] = z.right(entry.name)
-                left = z.left(entry.name) * scale
+                if id(z) not in drawn:
+                    drawn[id(z)] = z.left(entry.name)
+                left = drawn[id(z)] * scale
                 mine[key] = mine[key] + left if key in mine else left
             lefts.append(mine)
         shared = sum(right.shape[1] for right in rights.values())

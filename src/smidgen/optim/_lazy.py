@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smidgen.config import ConfigError
 from smidgen.directions import Dense, Distribution, Probe
-from smidgen.lowrank import Explicit, LowRank, is_matrix, matrices, rank_of
+from smidgen.lowrank import Accumulated, LowRank, is_matrix, matrices, rank_of
 from smidgen.objective import Objective
 from smidgen.optim._values import Estimate, ScaledConfig, ValueOptimizer
 
@@ -47,8 +47,8 @@ class Shaped:
 
     def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
         offset = self.method.offset()
-        shaped = [(*offset, *((self.method.shaped(z), s) for z, s in probe)) for probe in probes]  # type: ignore[arg-type]
-        return self.inner.losses(shaped, each=each)
+        shaped = {id(z): self.method.shaped(z) for probe in probes for z, _ in probe}  # type: ignore[arg-type]
+        return self.inner.losses([(*offset, *((shaped[id(z)], s) for z, s in probe)) for probe in probes], each=each)
 
 
 class LazyOptimizer(ValueOptimizer):
@@ -82,10 +82,7 @@ class LazyOptimizer(ValueOptimizer):
     def offset(self) -> Probe:
         """L V^T, what the matrices have moved since the last refresh."""
         held = {n: s["left"] for n in self.shapes if "left" in (s := self.state[self.view[n].tensor])}
-        if not held:
-            return ()
-        like = self.subspace_of(self.subspace)
-        return [(Explicit({n: (L, like.right(n)) for n, L in held.items()}, like.right_key), 1.0)]
+        return [(Accumulated(held, self.subspace_of(self.subspace)), 1.0)] if held else ()
 
     def shaped_estimate(self, objective: Objective) -> Estimate:
         """The estimate along low-rank directions at theta."""
