@@ -114,10 +114,26 @@ class Grid:
         return m.get("lr_factor", 1.0) * self.places[place].get("lr", {}).get(scheme, self.raw["schemes"][scheme]["lr"])
 
     def rates(self, cell: Cell) -> list[float]:
-        """Learning rates of the search, ascending, spaced evenly in the logarithm around the centre."""
+        """Learning rates that the search begins with, ascending, spaced evenly in the logarithm around the centre."""
         search = self.raw["search"]
         middle = (search["trials"] - 1) / 2
         return [_short(self.centre(cell) * search["spacing"] ** (k - middle)) for k in range(search["trials"])]
+
+    def next_rate(self, trials: Sequence[Record]) -> float:
+        """The rate that a search tries next: beyond the best where that lies at an edge, else between the two best around it.
+
+        A search in which nothing ended with a loss goes down.
+        """
+        spacing = self.raw["search"]["spacing"]
+        ranked = sorted(trials, key=lambda t: t["lr"])
+        best = select(ranked)
+        at = 0 if best is None else next(k for k, t in enumerate(ranked) if t["lr"] == best)
+        if at == 0:
+            return _short(ranked[0]["lr"] / spacing)
+        if at == len(ranked) - 1:
+            return _short(ranked[at]["lr"] * spacing)
+        beside = min((ranked[at - 1], ranked[at + 1]), key=_loss)
+        return _short(math.sqrt(ranked[at]["lr"] * beside["lr"]))
 
     def seeds(self, method: str) -> list[int]:
         return self.methods[method].get("seeds", self.raw["seeds"])
@@ -158,13 +174,19 @@ class Grid:
         """The model as it is under a scheme: one step of zo_sgd too small to move a weight."""
         return self.run((place, scheme, "zo_sgd"), "zero_shot", self.raw["seeds"][0], _NOTHING, 1)
 
-    def search(self, cell: Cell) -> list[Run]:
-        """The trials of a cell; none where it takes the rate of another method."""
+    def search(self, cell: Cell, records: Mapping[str, Record]) -> list[Run]:
+        """The trials of a cell whose rates are known by now; none where it takes the rate of another method."""
         if "rates_of" in self.methods[cell[2]]:
             return []
         search = self.raw["search"]
         steps = self.steps(cell, search["share"])
-        return [self.run(cell, "search", search["seed"], lr, steps) for lr in self.rates(cell)]
+        trials = [self.run(cell, "search", search["seed"], lr, steps) for lr in self.rates(cell)]
+        for _ in range(search["more"]):
+            known = [r for trial in trials if (r := fresh(trial, records)) is not None]
+            if len(known) < len(trials):
+                break
+            trials.append(self.run(cell, "search", search["seed"], self.next_rate(known), steps))
+        return trials
 
     def finals(self, cell: Cell, lr: float) -> list[Run]:
         """The seeds of a cell at the chosen rate."""
@@ -190,9 +212,9 @@ class Grid:
         other = self.methods[method].get("rates_of")
         if other is not None:
             return self.chosen((place, scheme, other), records)
-        trials = [fresh(run, records) for run in self.search(cell)]
+        trials = [fresh(run, records) for run in self.search(cell, records)]
         known = [t for t in trials if t is not None]
-        return select(known) if len(known) == len(trials) else None
+        return select(known) if len(known) == self.raw["search"]["trials"] + self.raw["search"]["more"] else None
 
     def stated(self, records: Mapping[str, Record], cells: Sequence[Cell] | None = None) -> Iterator[Run]:
         """Every run whose settings are known; records: by `Run.name`."""
@@ -200,7 +222,7 @@ class Grid:
         for place, scheme in dict.fromkeys(cell[:2] for cell in cells):
             yield self.zero_shot(place, scheme)
         for cell in cells:
-            yield from self.search(cell)
+            yield from self.search(cell, records)
             lr = self.chosen(cell, records)
             if lr is not None:
                 yield from self.finals(cell, lr)
@@ -237,8 +259,14 @@ def fresh(run: Run, records: Mapping[str, Record]) -> Record | None:
 
 def select(trials: Sequence[Record]) -> float | None:
     """The rate with the lowest loss on the dev rows, the smaller one of equals; None where no trial ended with a loss."""
-    scored = [(t["dev"]["loss"], t["lr"]) for t in trials if t["status"] == "done" and math.isfinite(t["dev"]["loss"])]
+    scored = [(loss, t["lr"]) for t in trials if math.isfinite(loss := _loss(t))]
     return min(scored)[1] if scored else None
+
+
+def _loss(trial: Record) -> float:
+    """Loss on the dev rows; infinite where the trial failed."""
+    loss = trial["dev"]["loss"] if trial["status"] == "done" else math.inf
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _short(value: float) -> float:

@@ -45,7 +45,7 @@ PLACE = {
 }
 RAW: dict[str, Any] = {
     "seeds": [0, 1],
-    "search": {"trials": 3, "spacing": 4, "share": 0.3333, "seed": 0},
+    "search": {"trials": 3, "more": 2, "spacing": 4, "share": 0.3333, "seed": 0},
     "batch": 16,
     "train": {},
     "schemes": {"full": {"lr": 3e-4, "eps": 1e-3}, "lora": {"lr": 1e-3, "eps": 1e-2}},
@@ -91,6 +91,14 @@ def finished(*cells: tuple[str, str, str], **more: Any) -> dict[str, dict[str, A
     return records
 
 
+def searched(cell: tuple[str, str, str], best: float = 3e-4) -> dict[str, dict[str, Any]]:
+    """Records of a cell's whole search, in its order, whose loss grows with the distance of the rate from the best."""
+    records: dict[str, dict[str, Any]] = {}
+    while waiting := [r for r in GRID.search(cell, records) if grids.fresh(r, records) is None]:
+        records |= {run.name: record(run, loss=abs(math.log(run.settings["lr"] / best))) for run in waiting}
+    return records
+
+
 # ---------------------------------------------------------------------------------------------------- the grid
 
 
@@ -123,17 +131,39 @@ def test_every_method_gets_as_many_trials_around_its_centre():
     assert GRID.rates(("here", "lora", "adamw")) == [7.5e-4, 3e-3, 1.2e-2]
     assert GRID.rates(("there", "full", "zo_sgd")) == [2.5e-4, 1e-3, 4e-3]
     for cell in GRID.cells():
-        assert len(GRID.search(cell)) == (0 if cell[2] == "adamw_checkpointed" else 3)
+        assert len(searched(cell)) == (0 if cell[2] == "adamw_checkpointed" else 5)
+        assert len(GRID.search(cell, {})) == (0 if cell[2] == "adamw_checkpointed" else 3)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [(1.0, [7.5e-5, 3e-4, 1.2e-3, 4.8e-3, 1.92e-2]), (1e-9, [4.68e-6, 1.87e-5, 7.5e-5, 3e-4, 1.2e-3])],
+    ids=["above", "below"],
+)
+def test_a_search_goes_on_beyond_an_edge(best, tried):
+    assert sorted(r["lr"] for r in searched(("here", "full", "zo_sgd"), best).values()) == tried
+
+
+def test_a_search_between_its_edges_grows_finer():
+    tried = [r["lr"] for r in searched(("here", "full", "zo_sgd"), best=4e-4).values()]
+    assert tried == [7.5e-5, 3e-4, 1.2e-3, 6e-4, 4.24e-4]
+
+
+def test_a_search_whose_trials_fail_goes_down():
+    cell = ("here", "full", "zo_sgd")
+    failed = [record(run, status="diverged") for run in GRID.search(cell, {})]
+    assert GRID.next_rate(failed) == 1.87e-5
+    assert GRID.next_rate([*failed[:1], record(GRID.search(cell, {})[1])]) == 1.2e-3
 
 
 def test_a_second_rate_keeps_its_distance_from_its_centre():
-    tried = [run.settings["options"]["top_lr"] for run in GRID.search(("here", "full", "hybrid"))]
+    tried = [run.settings["options"]["top_lr"] for run in GRID.search(("here", "full", "hybrid"), {})]
     assert tried == GRID.rates(("here", "full", "adamw"))
 
 
 def test_eps_goes_to_methods_that_probe_alone():
-    assert GRID.search(("here", "lora", "zo_sgd"))[0].settings["options"] == {"normalise": "rms", "eps": 1e-2}
-    assert GRID.search(("here", "lora", "adamw"))[0].settings["options"] == {}
+    assert GRID.search(("here", "lora", "zo_sgd"), {})[0].settings["options"] == {"normalise": "rms", "eps": 1e-2}
+    assert GRID.search(("here", "lora", "adamw"), {})[0].settings["options"] == {}
 
 
 def test_places_and_methods_restrict_the_cells():
@@ -143,12 +173,12 @@ def test_places_and_methods_restrict_the_cells():
 
 
 def test_the_trials_never_see_the_test_rows():
-    assert not any(run.settings["test"] for run in GRID.search(("here", "full", "zo_sgd")))
+    assert not any(run.settings["test"] for run in GRID.search(("here", "full", "zo_sgd"), {}))
     assert all(run.settings["test"] for run in GRID.finals(("here", "full", "zo_sgd"), 1e-3))
 
 
 def test_selection_is_by_dev_loss_alone():
-    trials = GRID.search(("here", "full", "zo_sgd"))
+    trials = GRID.search(("here", "full", "zo_sgd"), {})
     low, mid, high = (
         record(run, loss=loss, score=score) for run, loss, score in zip(trials, (0.6, 0.4, 0.5), (0.7, 0.5, 0.9), strict=True)
     )
@@ -161,10 +191,10 @@ def test_selection_is_by_dev_loss_alone():
 
 def test_seeds_follow_the_whole_search_and_variants_follow_the_seeds():
     cells = [("here", "full", "zo_sgd"), ("here", "full", "forward_grad")]
-    trials = {run.name: record(run) for run in GRID.search(cells[0])}
+    trials = searched(cells[0])
     roles = [run.role for run in GRID.stated(trials, cells)]
     assert roles.count("zero_shot") == 1 and roles.count("seed") == 2 and "equal_time" not in roles
-    partial = dict(list(trials.items())[:2])
+    partial = dict(list(trials.items())[:4])
     assert "seed" not in [run.role for run in GRID.stated(partial, cells)]
     records = finished(*cells)
     for r in records.values():
@@ -181,19 +211,16 @@ def test_seeds_follow_the_whole_search_and_variants_follow_the_seeds():
 
 
 def test_checkpointing_takes_the_rate_of_the_other_and_one_seed():
-    records = {
-        run.name: record(run, loss=loss)
-        for run, loss in zip(GRID.search(("here", "full", "adamw")), (3.0, 2.0, 1.0), strict=True)
-    }
+    records = searched(("here", "full", "adamw"), best=4e-4)
     stated = [run for run in GRID.stated(records, [("here", "full", "adamw_checkpointed")]) if run.role == "seed"]
     assert [(run.seed, run.settings["lr"], run.settings["method"]) for run in stated] == [(0, 4e-4, "adamw")]
 
 
 def test_a_record_of_other_settings_is_made_again():
-    run = GRID.search(("here", "full", "zo_sgd"))[0]
+    run = GRID.search(("here", "full", "zo_sgd"), {})[0]
     records = {run.name: record(run)}
     assert grids.fresh(run, records) is not None
-    again = next(r for r in grids.Grid(RAW, scale=3).search(run.cell) if r.name == run.name)
+    again = next(r for r in grids.Grid(RAW, scale=3).search(run.cell, {}) if r.name == run.name)
     assert grids.fresh(again, records) is None
 
 
@@ -248,14 +275,14 @@ def written(folder: Path, records: dict[str, dict[str, Any]]) -> Path:
 def test_the_table_ranks_signals_and_names_the_rest(tmp_path):
     records = finished(("here", "full", "zo_sgd"), score=0.61)
     records |= finished(("here", "full", "adamw"), ("here", "full", "adamw_checkpointed"), score=0.9)
-    refused = {run.name: record(run, status="refused") for run in GRID.search(("here", "full", "zo_block"))}
+    refused = {run.name: record(run, status="refused") for run in GRID.search(("here", "full", "zo_block"), {})}
     text = tables.pages(written(tmp_path, records | refused))["zo_bench.md"]
     assert "| untrained | 60.0 [0.500] |" in text
     assert "| adamw | 90.0 ± 0.0 [0.500] (1) |" in text
     assert "| adamw_checkpointed | 90.0 [0.500] |" in text, "its rate was not searched"
     assert "| zo_sgd | no signal: 61.0 ± 0.0 [0.500] |" in text
     assert "| zo_block | refused |" in text
-    assert "| full | adamw | 2.5e-05* |" in text, "equal losses: the smallest rate, at the edge"
+    assert "| full | adamw | 1.56e-06* |" in text, "equal losses: the smallest rate, at the edge"
 
 
 def test_pages_are_the_same_again_and_keep_the_conclusions(tmp_path):
