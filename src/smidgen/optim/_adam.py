@@ -9,7 +9,7 @@ stored: its range is half as many decades as that of v, so small entries do not 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 from smidgen import noise
 from smidgen.optim import _eight_bit as memory
 from smidgen.optim._eight_bit import State
+from smidgen.optim._values import Estimate, ValueOptimizer
+from smidgen.params import ParamView
 
 _UNUSED = noise.Address(0, 0, 0, 0, noise.ROUND)  # state is not rounded stochastically
 
@@ -108,3 +110,27 @@ class Adam:
     def state_bytes(self, shapes: Mapping[str, Any]) -> int:
         """Bytes of the moments."""
         return len(self._keys()) * sum(memory.nbytes(shape, self.eight_bit) for shape, _ in shapes.values())
+
+
+class AdamOptimizer(ValueOptimizer):
+    """A method from loss values that holds Adam's state, always or with one of its options."""
+
+    def __init__(self, params: ParamView | Iterable[Any], config: Any, adam: Adam):
+        super().__init__(params, config)
+        self.adam = adam
+
+    def _adam_(self, g: Estimate, name: str, lr: float, span: slice, w: Tensor, work: Tensor) -> None:
+        """One block of Adam's step for an estimate; `work` is scratch."""
+        g.add_(name, span.start, work.zero_())
+        self._feed_(work, name, lr, span, w)
+
+    def _feed_(self, g: Tensor, name: str, lr: float, span: slice, w: Tensor) -> None:
+        """One block of Adam's step for a gradient, which is used as scratch."""
+        self.adam.move(self.adam.moments(self.state, self.view[name].tensor), span, g, w, lr)
+
+    def _scalars(self) -> dict[str, Any]:
+        return {**super()._scalars(), "adam": self.adam.scalars()}
+
+    def _load_scalars(self, scalars: dict[str, Any]) -> None:
+        super()._load_scalars(scalars)
+        self.adam.load(scalars["adam"])

@@ -109,9 +109,9 @@ class Optimizer(torch.optim.Optimizer):
         factor = 1.0 - group["lr"] * weight_decay
         return {n: factor if self.view[n].tensor.ndim >= 2 else 1.0 for n in self.names_of(group)}
 
-    def rounding_address(self, seed: int) -> noise.Address:
-        """Where this step's rounding bits live; the view fills in the tensor."""
-        return noise.Address(seed, 0, self.t, 0, noise.ROUND)
+    def rounding_address(self, seed: int, write: int = 0) -> noise.Address:
+        """Where the rounding bits of one of this step's writes live; the view fills in the tensor."""
+        return noise.Address(seed, 0, self.t, write, noise.ROUND)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state plus the step counter and the method's scalars."""

@@ -184,9 +184,12 @@ class ValueOptimizer(Optimizer):
             at = self.rounding_address(cfg.seed)
             self.view.apply_(along(-group["lr"]), decay=decay, names=names, at=at, rounding=cfg.rounding)
 
-    def rewrite_(self, update: Callable[[str, float, slice, Tensor, Tensor], None]) -> None:
-        """theta <- decay * theta, then `update(name, lr, span, w, work)` in place, block by block; see `_blocks`."""
-        cfg, at = self.config, self.rounding_address(self.config.seed)
+    def rewrite_(self, update: Callable[[str, float, slice, Tensor, Tensor], None], write: int = 0) -> None:
+        """theta <- decay * theta, then `update(name, lr, span, w, work)` in place, block by block; see `_blocks`.
+
+        write: which of this step's writes it is.
+        """
+        cfg, at = self.config, self.rounding_address(self.config.seed, write)
         for group in self.param_groups:
             decay = self.decay(group, cfg.weight_decay)
             for name in self.names_of(group):

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from smidgen.objective import Objective
 from smidgen.optim import _eight_bit
-from smidgen.optim._adam import Adam
+from smidgen.optim._adam import Adam, AdamOptimizer
 from smidgen.optim._optimizer import Outcome
-from smidgen.optim._values import Estimate, ValueConfig, ValueOptimizer, suggested
+from smidgen.optim._values import Estimate, ValueConfig, suggested
 from smidgen.params import ParamView
 
 status = "experimental"
@@ -59,14 +59,14 @@ def _rule(config: Config) -> Adam:
     return Adam(config.beta1, config.beta2, config.adam_eps, config.v_max, config.state == "8bit", uniform)
 
 
-class ZOAdam(ValueOptimizer):
+class ZOAdam(AdamOptimizer):
     """ZO-Adam over any tensors."""
 
     def __init__(self, params: ParamView | Iterable[Any], config: Config | None = None, **options: Any):
-        super().__init__(params, config or Config(**options))
-        if self.config.state == "8bit":
+        config = config or Config(**options)
+        super().__init__(params, config, _rule(config))
+        if config.state == "8bit":
             _eight_bit.require()
-        self.adam = _rule(self.config)
 
     def _step(self, objective: Objective) -> Outcome:
         g = self.estimate(objective)
@@ -78,19 +78,11 @@ class ZOAdam(ValueOptimizer):
 
     def _update(self, g: Estimate, name: str, lr: float, span: slice, w: Tensor, work: Tensor) -> None:
         """One block: the moments, then the step."""
-        state = self.adam.moments(self.state, self.view[name].tensor)
         if self.adam.uniform:
+            state = self.adam.moments(self.state, self.view[name].tensor)
             self.adam.move_along(state, span, g.terms(name, 1.0 - self.adam.beta1), g.Z[0].distribution, w, lr)
         else:
-            g.add_(name, span.start, work.zero_())
-            self.adam.move(state, span, work, w, lr)
-
-    def _scalars(self) -> dict[str, Any]:
-        return {**super()._scalars(), "adam": self.adam.scalars()}
-
-    def _load_scalars(self, scalars: dict[str, Any]) -> None:
-        super()._load_scalars(scalars)
-        self.adam.load(scalars["adam"])
+            self._adam_(g, name, lr, span, w, work)
 
     @staticmethod
     def state_bytes(shapes: Mapping[str, Any], config: Config) -> int:

@@ -24,13 +24,12 @@ from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
-from torch import Tensor
 
 from smidgen.directions import Probe
 from smidgen.objective import Objective
-from smidgen.optim._adam import Adam
+from smidgen.optim._adam import Adam, AdamOptimizer
 from smidgen.optim._optimizer import Outcome
-from smidgen.optim._values import Estimate, ScaledConfig, ValueOptimizer, suggested
+from smidgen.optim._values import Estimate, ScaledConfig, suggested
 from smidgen.params import ParamView
 
 status = "experimental"
@@ -63,12 +62,11 @@ class Config(ScaledConfig):
         return base
 
 
-class ZOConservative(ValueOptimizer):
+class ZOConservative(AdamOptimizer):
     """ZO-SGD-Cons over any tensors."""
 
     def __init__(self, params: ParamView | Iterable[Any], config: Config | None = None, **options: Any):
-        super().__init__(params, config or Config(**options))
-        self.adam = Adam()
+        super().__init__(params, config or Config(**options), Adam())
 
     def _step(self, objective: Objective) -> Outcome:
         cfg = self.config
@@ -106,34 +104,23 @@ class ZOConservative(ValueOptimizer):
         def loss() -> float:
             return objective.losses([()]).item()
 
-        def step(times: float) -> None:
+        def step(times: float, write: int) -> None:
             self.adam.begin()
-            self.rewrite_(partial(self._adamw, replace(g, c=tuple(times * c for c in g.c))))
+            self.rewrite_(partial(self._adam_, replace(g, c=tuple(times * c for c in g.c))), write)
 
         l0 = loss()
         if not math.isfinite(l0):
             return replace(g, Z=(), voided=g.voided + 1).outcome()
-        step(1.0)
+        step(1.0, write=0)
         l1 = loss()
-        step(-2.0)
+        step(-2.0, write=1)
         l2 = loss()
         if l1 > l0:
             if l0 < l2:
-                step(1.0)
+                step(1.0, write=2)
         elif l1 < l2:
-            step(2.0)
+            step(2.0, write=2)
         return g.outcome()
-
-    def _adamw(self, g: Estimate, name: str, lr: float, span: slice, w: Tensor, work: Tensor) -> None:
-        g.add_(name, span.start, work.zero_())
-        self.adam.move(self.adam.moments(self.state, self.view[name].tensor), span, work, w, lr)
-
-    def _scalars(self) -> dict[str, Any]:
-        return {**super()._scalars(), "adam": self.adam.scalars()}
-
-    def _load_scalars(self, scalars: dict[str, Any]) -> None:
-        super()._load_scalars(scalars)
-        self.adam.load(scalars["adam"])
 
     @staticmethod
     def state_bytes(shapes: Mapping[str, Any], config: Config) -> int:

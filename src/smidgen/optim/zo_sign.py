@@ -23,9 +23,9 @@ from pydantic import Field
 from torch import Tensor
 
 from smidgen.objective import Objective
-from smidgen.optim._adam import Adam
+from smidgen.optim._adam import Adam, AdamOptimizer
 from smidgen.optim._optimizer import Outcome
-from smidgen.optim._values import Estimate, ValueConfig, ValueOptimizer, suggested
+from smidgen.optim._values import Estimate, ValueConfig, suggested
 from smidgen.params import ParamView
 
 status = "experimental"
@@ -51,12 +51,11 @@ class Config(ValueConfig):
     )
 
 
-class ZOSign(ValueOptimizer):
+class ZOSign(AdamOptimizer):
     """ZO-SGD-Sign over any tensors."""
 
     def __init__(self, params: ParamView | Iterable[Any], config: Config | None = None, **options: Any):
-        super().__init__(params, config or Config(**options))
-        self.adam = Adam()
+        super().__init__(params, config or Config(**options), Adam())
 
     def _step(self, objective: Objective) -> Outcome:
         cfg = self.config
@@ -79,16 +78,9 @@ class ZOSign(ValueOptimizer):
         if not along:
             work.sign_()
         if self.config.compat_adamw:
-            self.adam.move(self.adam.moments(self.state, self.view[name].tensor), span, work, w, lr)
+            self._feed_(work, name, lr, span, w)
         else:
             w.add_(work, alpha=-lr)
-
-    def _scalars(self) -> dict[str, Any]:
-        return {**super()._scalars(), "adam": self.adam.scalars()}
-
-    def _load_scalars(self, scalars: dict[str, Any]) -> None:
-        super()._load_scalars(scalars)
-        self.adam.load(scalars["adam"])
 
     @staticmethod
     def state_bytes(shapes: Mapping[str, Any], config: Config) -> int:

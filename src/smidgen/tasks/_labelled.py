@@ -14,11 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from smidgen.config import ConfigError, DataError
 from smidgen.tasks._example import Example, Reader, Row, read_folder
 
 ANSWER = "answer"  # name of the answer slot
 NOTHING = ""  # the passage of a form of which nothing may be cut
+
+
+class LabelConfig(BaseModel):
+    """The options that tasks with label words share; each adds `words` and `source` with its own defaults."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ train and to select on, and at most 1000 to test, after MeZO's protocol for RoBE
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
 
 status = "reproduction"
 
@@ -18,12 +18,9 @@ CAUSAL = Form("{text} News: {answer}", passage="text")
 MASKED = Form("{answer} News: {text}", passage="text")
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(("World", "Sports", "Business", "Tech"), description="label words: label 0 to 3")
     source: str = Field("fancyzhx/ag_news", description="hub id with its configuration, or a folder")
 

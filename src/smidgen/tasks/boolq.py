@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
 from smidgen.tasks._shapes import asked
 
 status = "reproduction"
@@ -25,12 +25,9 @@ CAUSAL = (
 MASKED = Form("{passage} {question} {answer} .", passage="passage", shapes={"question": asked})
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(("No", "Yes"), description="label words: of false, true")
     source: str = Field("google/boolq", description="hub id with its configuration, or a folder")
     compat_version: Literal[0, 1, 2] = Field(

@@ -5,9 +5,9 @@ The published lists have no prompt of CB for a masked model: that of the other i
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import LabelledTask, forms
+from smidgen.tasks._labelled import LabelConfig, LabelledTask, forms
 from smidgen.tasks._pairs import CAUSAL, MASKED
 
 status = "reproduction"
@@ -15,12 +15,9 @@ status = "reproduction"
 SIZES = (150, 100, 56)  # training, dev and test rows of the benchmark
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(
         ("Yes", "No", "Maybe"), description="label words: label 0 entailment, 1 contradiction, 2 neutral"
     )

@@ -6,9 +6,9 @@ select on, and at most 1000 to test, as MeZO with RoBERTa; drawn without balanci
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import LabelledTask, forms
+from smidgen.tasks._labelled import LabelConfig, LabelledTask, forms
 from smidgen.tasks._pairs import CAUSAL, MASKED
 
 status = "reproduction"
@@ -16,12 +16,9 @@ status = "reproduction"
 SIZES = (1536, 1536, 1000)  # training, dev and test rows of the benchmark
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(
         ("Yes", "Maybe", "No"), description="label words: label 0 entailment, 1 neutral, 2 contradiction"
     )

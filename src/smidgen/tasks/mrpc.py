@@ -6,9 +6,9 @@ to select on, the published dev rows to test; drawn without balancing the classe
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
 
 status = "reproduction"
 
@@ -18,12 +18,9 @@ CAUSAL = Form('{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No
 MASKED = Form("{sentence1} {answer} , {sentence2}", passage="sentence1")
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(("No", "Yes"), description="label words: label 0 other meaning, 1 same meaning")
     source: str = Field("nyu-mll/glue:mrpc", description="hub id with its configuration, or a folder")
 

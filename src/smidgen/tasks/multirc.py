@@ -6,9 +6,9 @@ mask at the end of the question. The benchmark's sample draws rows, so a paragra
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
 
 status = "reproduction"
 
@@ -19,12 +19,9 @@ CAUSAL = Form(_ASKED + "\n{answer}", passage="paragraph", named={"answer_text": 
 MASKED = Form(_ASKED + " {answer} .", passage="paragraph", named={"answer_text": "answer"})
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(("No", "Yes"), description="label words: label 0 wrong, 1 right")
     source: str = Field("aps/super_glue:multirc", description="hub id with its configuration, or a folder")
 

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
 from smidgen.tasks._pairs import MASKED
 
 status = "reproduction"
@@ -18,12 +18,9 @@ CAUSAL = Form('{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?
 EMPTY = Form('{premise}\n"{hypothesis}"\n{answer}', passage="premise")
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(("Yes", "No"), description="label words: label 0 entailment, 1 not entailment")
     source: str = Field("aps/super_glue:rte", description="hub id with its configuration, or a folder")
     prompt: bool = Field(True, description="whether the task is put in words; false: the text and the label word alone")

@@ -6,9 +6,9 @@ white space. `prompt: false` shows a causal model the sentence alone. Sizes: all
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
 
 status = "reproduction"
 
@@ -19,12 +19,9 @@ MASKED = Form("{sentence} It was {answer} .", passage="sentence", shapes={"sente
 EMPTY = Form("{sentence} {answer}", passage="sentence", shapes={"sentence": str.strip})
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(("terrible", "great"), description="label words: label 0 negative, 1 positive")
     source: str = Field("nyu-mll/glue:sst2", description="hub id with its configuration, or a folder")
     prompt: bool = Field(True, description="whether the task is put in words; false: the text and the label word alone")

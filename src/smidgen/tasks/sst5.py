@@ -6,9 +6,9 @@ and to select on, and at most 1000 to test, as MeZO with RoBERTa; drawn without 
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
 
 status = "reproduction"
 
@@ -18,12 +18,9 @@ CAUSAL = Form("{text} It was {answer}", passage="text", shapes={"text": str.stri
 MASKED = Form("{text} It was {answer} .", passage="text", shapes={"text": str.strip})
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(
         ("terrible", "bad", "okay", "good", "great"), description="label words: label 0 very negative to 4 very positive"
     )

@@ -7,9 +7,9 @@ the 500 test rows; drawn without balancing the classes, which is ours.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
 
 status = "reproduction"
 
@@ -21,12 +21,9 @@ CLASSES = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
 COLUMNS = ("coarse_label", "label_coarse_original", "label")  # of the original set, of the hub's copy, of any file
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(
         ("Expression", "Entity", "Description", "Human", "Location", "Number"), description="label words: of the six classes"
     )

@@ -5,9 +5,9 @@ All of the prompt is the question, so nothing of it is cut. The masked form is o
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import NOTHING, Form, LabelledTask, forms
+from smidgen.tasks._labelled import NOTHING, Form, LabelConfig, LabelledTask, forms
 
 status = "reproduction"
 
@@ -18,12 +18,9 @@ CAUSAL = Form(_ASKED + "\n{answer}", passage=NOTHING)
 MASKED = Form(_ASKED + " {answer} .", passage=NOTHING)
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(("No", "Yes"), description="label words: label 0 another meaning, 1 the same")
     source: str = Field("aps/super_glue:wic", description="hub id with its configuration, or a folder")
 

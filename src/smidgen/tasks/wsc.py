@@ -5,9 +5,9 @@ The masked form is ours: the same question, with the mask at its end. Sizes as M
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelledTask, forms
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
 
 status = "reproduction"
 
@@ -18,12 +18,9 @@ CAUSAL = Form(_ASKED + "\n{answer}", passage="text", shapes={"span2_text": str.l
 MASKED = Form(_ASKED + " {answer} .", passage="text", shapes={"span2_text": str.lower})
 
 
-class Config(BaseModel):
+class Config(LabelConfig):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    template: str | None = Field(None, description="prompt: column slots and one {answer} slot; none: the published one")
     words: tuple[str, ...] = Field(("No", "Yes"), description="label words: label 0 another, 1 the span")
     source: str = Field("aps/super_glue:wsc.fixed", description="hub id with its configuration, or a folder")
 
