@@ -64,7 +64,7 @@ demo: $(READY)
 	@$(SMIDGEN) demo $(ARGS)
 
 test: $(READY)
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(READY)
 	@$(PY) -m ruff check .
