@@ -1,0 +1,298 @@
+"""What a run needs, before anything of it is loaded: bytes by term and passes of the model, for every method and scheme.
+
+    weights      the model and its adapter, as stored
+    gradients    of the tuned tensors, all alive at the end of the backward pass
+    optimizer    what the method declares (`state_bytes`)
+    activations  what the forward needs at once, or keeps for the backward pass
+    logits       the output head's part of the peak
+    scratch      displaced copies that a probe needs, and the workspace of the update
+
+Nothing here is a formula of an architecture: forwards and backward passes are simulated (`smidgen.simulate`), optimizers
+declare their state, and the passes of a step are counted by letting the method make one with a stand-in for the model.
+
+Does not see: what libraries keep for themselves, fragmentation, the data loader; `measure` of `smidgen plan --measure` does.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from smidgen import adapt, optim, simulate
+from smidgen.batched import MEMORY
+from smidgen.config import ConfigError
+from smidgen.directions import Direction, Probe
+from smidgen.kinds import Kind
+from smidgen.loss import BLOCK_ELEMENTS
+from smidgen.optim._optimizer import Outcome
+from smidgen.params import Entry, ParamView, shapes, tensor_id
+from smidgen.readers import aligned
+from smidgen.simulate import Rows, Trace
+
+Keep = Literal["all", "checkpointing"]  # activations of the backward pass
+
+_SIDE = 32  # longest side of the stand-ins for tuned tensors with which the passes of a step are counted
+_UPDATE = 1 << 20  # elements of the blocks in which an update works
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model before it is loaded."""
+
+    config: Any  # a transformers configuration
+    kind: Kind
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to tune a model."""
+
+    method: str
+    scheme: str = "full"
+    keep: Keep = "all"
+    options: Mapping[str, Any] | None = None
+    scheme_options: Mapping[str, Any] | None = None
+
+    @property
+    def key(self) -> str:
+        """A name for records."""
+        return f"{self.scheme}_{self.method}" + ("_checkpointed" if self.keep == "checkpointing" else "")
+
+    @property
+    def label(self) -> str:
+        """As a table names it."""
+        return self.method + (" + checkpointing" if self.keep == "checkpointing" else "")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a step asks of the model."""
+
+    forwards: int  # without gradient
+    backwards: int  # each with a forward of its own
+    slopes: int  # forwards that carry a tangent
+    together: int  # probes that it asks for at once
+    below: frozenset[str] = frozenset()  # tensors that the backward pass leaves out
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Bytes at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    scratch: int
+
+    def values(self) -> list[int]:
+        """The terms in their order, and their total."""
+        terms = [getattr(self, field.name) for field in fields(self)]
+        return [*terms, sum(terms)]
+
+    @property
+    def total(self) -> int:
+        return self.values()[-1]
+
+    @property
+    def over_weights(self) -> int:
+        """All but the weights."""
+        return self.total - self.weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A case and what it needs."""
+
+    case: Case
+    terms: Terms
+    passes: Passes
+    tuned: int  # weights
+
+
+class Counter:
+    """An objective that counts what it is asked, and answers with numbers of no meaning."""
+
+    key = 0
+
+    def __init__(self, view: ParamView):
+        self.view = view
+        self.passes = Passes(0, 0, 0, 0)
+
+    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
+        p = self.passes
+        self.passes = replace(p, forwards=p.forwards + len(probes), together=max(p.together, len(probes)))
+        answers = 1.0 + 0.01 * torch.arange(1, len(probes) + 1, dtype=torch.float64)
+        return answers[:, None].expand(-1, 2) * torch.tensor([1.0, 1.1]) if each else answers
+
+    def slope(self, direction: Direction) -> tuple[float, float]:
+        self.passes = replace(self.passes, slopes=self.passes.slopes + 1)
+        return 1.0, 0.1
+
+    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
+        chosen = set(self.view.entries if names is None else names)
+        below = frozenset(self.view.entries) - chosen
+        self.passes = replace(self.passes, backwards=self.passes.backwards + 1, below=below)
+        for name in chosen:
+            self.view[name].tensor.grad = torch.full_like(self.view[name].tensor, 1e-3)
+        return 1.0
+
+    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
+        self.passes = replace(self.passes, forwards=self.passes.forwards + 1)
+        return dict.fromkeys(names, 1.0)
+
+    def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        self.passes = replace(self.passes, forwards=self.passes.forwards + 1)
+        if onto is not None:
+            return {name: onto[name].double() for name in names}
+        return {name: torch.ones(1, self.view[name].tensor.shape[1], dtype=torch.float64) for name in names}
+
+
+def passes(method: str, options: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> Passes:
+    """What the second step of a method asks of the model: counted with small tensors under the tuned tensors' names."""
+    small = [
+        Entry(name, tensor_id(name), nn.Parameter(torch.full([min(n, _SIDE) for n in shape], 0.5)))
+        for name, shape in sizes.items()
+    ]
+    view = ParamView(small)
+    module = optim.get(method)
+    optimizer = module.build(view, module.Config(**options))
+    counter = Counter(view)
+    for _ in range(2):
+        counter.passes = Passes(0, 0, 0, 0)
+        optimizer.step(counter)
+    outcome: Outcome | None = optimizer.outcome
+    assert outcome is not None
+    return counter.passes
+
+
+class Planner:
+    """Plans of one model at one batch; simulations are shared by the cases that need the same ones."""
+
+    def __init__(self, model: Model, rows: Rows):
+        self.model, self.rows = model, rows
+        self._trace = functools.cache(self._simulate)
+        self._view = functools.cache(self._tuned)
+
+    def plan(self, case: Case) -> Plan:
+        """What a case needs. Raises ConfigError where the scheme or the method refuses the model."""
+        module = optim.get(case.method)
+        options = dict(case.options or {})
+        tuned, scratch, count = self._view(case.scheme, _frozen(case.scheme_options))
+        config = module.Config(**options)
+        sizes = {name: shape for name, (shape, _) in tuned.items()}
+        found = passes(case.method, options, sizes)
+        state = module.build.state_bytes(tuned, config)
+        terms = (
+            [self._by_forwards(case, found, tuned, state, scratch, module.build.lazy)] if found.forwards or found.slopes else []
+        )
+        if found.backwards:
+            terms.append(self._by_backward(case, {n: t for n, t in tuned.items() if n not in found.below}, found, state))
+        return Plan(case, max(terms, key=lambda t: t.total), found, count)
+
+    # -- terms --------------------------------------------------------------------------------------------------------
+
+    def _by_forwards(self, case: Case, found: Passes, tuned: Mapping[str, Any], state: int, scratch: int, lazy: bool) -> Terms:
+        t = self._trace(case.scheme, _frozen(case.scheme_options), "all", False, 1)
+        if lazy and (many := min(found.together, max(1, MEMORY // t.trunk))) > 1:
+            t = self._trace(case.scheme, _frozen(case.scheme_options), "all", False, many)
+        update = _workspace(tuned)
+        times = 2 if found.slopes else 1  # a tangent beside every activation, and beside every displaced weight
+        return Terms(
+            weights=t.weights,
+            gradients=0,
+            optimizer=state,
+            activations=times * t.body,
+            logits=times * (t.trunk - t.body),
+            scratch=update if lazy else times * scratch + update,
+        )
+
+    def _by_backward(self, case: Case, tuned: Mapping[str, Any], found: Passes, state: int) -> Terms:
+        t = self._trace(case.scheme, _frozen(case.scheme_options), case.keep, True, 1, found.below)
+        held = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tuned.values())
+        largest = max(math.prod(shape) for shape, _ in tuned.values())
+        wide = any(dtype.itemsize < 4 for _, dtype in tuned.values())
+        update = _workspace(tuned) + (8 * largest if wide else 0)  # a float32 copy of one 16-bit tensor, and of its gradient
+        if held + update > t.backward:  # the update decides the peak: by then the activations are gone
+            return Terms(t.weights, held, state, 0, 0, update)
+        gradients = min(held, t.backward)
+        logits = min(max(0, t.start - t.saved), t.backward - gradients)
+        return Terms(t.weights, gradients, state, t.backward - gradients - logits, logits, 0)
+
+    # -- simulations --------------------------------------------------------------------------------------------------
+
+    def _adapted(self, config: Any, scheme: str, options: Mapping[str, Any]) -> Any:
+        model = simulate.build(config, self.model.kind, self.model.dtype, self.model.classes)
+        module = adapt.get(scheme)
+        return module.build(model, module.Config(**options), seed=0, fresh=[])
+
+    def _simulate(
+        self,
+        scheme: str,
+        options: tuple[tuple[str, Any], ...],
+        keep: Keep,
+        backward: bool,
+        many: int,
+        below: frozenset[str] = frozenset(),
+    ) -> Trace:
+        batch = replace(self.rows, rows=self.rows.rows * many)
+
+        def once(config: Any) -> Trace:
+            adapted = self._adapted(config, scheme, dict(options))
+            model = adapted.model
+            for name in below:
+                adapted.view[name].tensor.requires_grad_(False)
+            with simulate.without_storage(model, self.model.device):
+                if keep == "checkpointing":
+                    simulate.checkpoint(model)
+                return simulate.trace(model, self.model.kind, batch, backward=backward)
+
+        return once(self.model.config) if below else simulate.of_depth(self.model.config, once)
+
+    def _tuned(self, scheme: str, options: tuple[tuple[str, Any], ...]) -> tuple[dict[str, Any], int, int]:
+        """(shapes of the tuned tensors, scratch of a displaced forward, tuned weights)"""
+        adapted = self._adapted(self.model.config, scheme, dict(options))
+        return shapes(adapted.view), scratch_bytes(adapted.model, adapted.view), adapted.view.numel()
+
+
+def scratch_bytes(model: nn.Module, view: ParamView) -> int:
+    """Bytes of the displaced copies of a dense probe: the largest group of tensors that one module reads, and a block of the
+    output head. Embeddings displace the rows that they look up."""
+    head = simulate.output_head(model)
+    groups: dict[int, int] = {}
+    block = 0
+    for entry in view:
+        size = entry.tensor.numel() * entry.tensor.element_size()
+        for owner, attribute in entry.sites:
+            if owner is head:
+                block = max(block, min(size, BLOCK_ELEMENTS * entry.tensor.element_size()))
+            elif not (isinstance(owner, nn.Embedding) and attribute == "weight"):
+                groups[id(owner)] = groups.get(id(owner), 0) + aligned(size)
+    return max(groups.values(), default=0) + block
+
+
+def _workspace(tuned: Mapping[str, Any]) -> int:
+    """Bytes in which an update works: three float32 blocks of the largest tensor."""
+    return 12 * min(_UPDATE, max(math.prod(shape) for shape, _ in tuned.values()))
+
+
+def _frozen(options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((options or {}).items()))
+
+
+def refused(planner: Planner, case: Case) -> Plan | str:
+    """The plan of a case, or why there is none."""
+    try:
+        return planner.plan(case)
+    except ConfigError as error:
+        return str(error)

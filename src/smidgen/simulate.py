@@ -1,0 +1,276 @@
+"""A model's step on tensors without storage: how many bytes would be alive, without a byte of weights being read.
+
+The model is built from its configuration under torch's FakeTensorMode, and its forward or back-propagation runs as it would
+on the device, operation by operation, while a `Ledger` adds up the storages that are alive. What holds for every
+architecture that transformers can build: attention kernels, saved tensors, recomputation and masks are the real ones.
+
+Deep models are simulated with few layers and extrapolated: weights, the forward's peak, and the two ends of the backward
+pass, where its peak lies, are each affine in the number of layers (of a period of two, as alternating attention has).
+
+Does not see: workspace inside an operation, the allocator's fragmentation, tensors whose size depends on data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smidgen.kinds import Kind
+from smidgen.loss import PlainHead, head_nll, head_nll_differentiable, logits_nll
+from smidgen.readers import output_head
+
+FEW = (4, 6)  # layers of the two models that a deep one is extrapolated from
+
+
+@contextlib.contextmanager
+def without_storage(model: nn.Module, device: str) -> Iterator[None]:
+    """Inside, tensors have shapes, dtypes and devices, and no memory; those of a model from `build` are on `device`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made: dict[int, Tensor] = {}
+
+        def of(t: Tensor) -> Tensor:
+            if id(t) not in made:
+                there = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+                made[id(t)] = nn.Parameter(there, t.requires_grad) if isinstance(t, nn.Parameter) else there
+            return made[id(t)]
+
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update({name: of(t) for name, t in tensors.items() if t is not None})  # type: ignore[arg-type,misc]
+        yield
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still alive; `held` are not counted."""
+
+    def __init__(self, held: Iterator[Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        for tensor in held:
+            self._known[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        size = self._known[storage] = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
+
+    def mark(self) -> int:
+        """The peak since the last mark; the next span begins with what is alive."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes of one model at one batch."""
+
+    weights: int
+    trunk: int = 0  # peak of a forward without gradient over the weights
+    body: int = 0  # of it, before the output head
+    start: int = 0  # peak of a forward and a backward up to the last layer: every layer's saved tensors, the logits
+    between: int = 0  # peak between the last layer and the first; simulated models of few layers only
+    end: int = 0  # peak of the backward from the first layer on: every gradient
+    saved: int = 0  # of `start`: what the forward keeps for the backward
+
+    def extrapolated(self, other: Trace, layers: tuple[int, int], wanted: int) -> Trace:
+        """The affine function through two traces of different depths, at another depth."""
+
+        def at(name: str) -> int:
+            first, second = getattr(self, name), getattr(other, name)
+            return max(0, round(first + (second - first) / (layers[1] - layers[0]) * (wanted - layers[0])))
+
+        return Trace(**{field.name: at(field.name) for field in fields(self)})
+
+    @property
+    def backward(self) -> int:
+        """Peak of a forward and a backward over the weights."""
+        return max(self.start, self.between, self.end)
+
+
+def checkpoint(model: nn.Module) -> None:
+    """Let the backward pass of a model recompute its layers, as a run does that asks Trainer for it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The batch of a step."""
+
+    rows: int
+    length: int
+    labels: int | None = None  # labelled positions of a row; None: all
+
+
+def depth(config: Any) -> int | None:
+    """Number of layers of a configuration, where one number says it."""
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    return layers if isinstance(layers, int) and not config.is_encoder_decoder else None
+
+
+def shallower(config: Any, layers: int) -> Any:
+    """The configuration with fewer layers: lists with one item a layer are cut too."""
+    found = copy.deepcopy(config)
+    text = found.get_text_config()
+    whole = text.num_hidden_layers
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == whole:
+            setattr(text, key, value[:layers])
+    if text.model_type == "gpt_neo":
+        text.attention_types = [[[kind], 1] for kind in text.attention_layers]
+    text.num_hidden_layers = layers
+    return found
+
+
+def build(
+    config: Any, kind: Kind, dtype: torch.dtype, classes: int | None = None, device: str | torch.device = "meta"
+) -> nn.Module:
+    """A model made of its configuration, in evaluation mode; on the meta device it has no storage, elsewhere random weights."""
+    import transformers
+
+    from smidgen.kinds import head_of
+
+    found = copy.deepcopy(config)
+    if kind == "classification" and classes:
+        found.num_labels = classes
+    if kind == "classification" and found.pad_token_id is None:
+        found.pad_token_id = 0
+    auto = head_of(config.name_or_path or config.model_type, config, kind)
+    assert issubclass(auto, transformers.models.auto.auto_factory._BaseAutoModelClass)
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        return auto.from_config(found, dtype=dtype).eval()  # type: ignore[no-any-return]
+
+
+def trace(model: nn.Module, kind: Kind, batch: Rows, *, backward: bool, dropout: bool = True) -> Trace:
+    """Simulate one forward, or one forward and backward, of a model without storage; inside `without_storage`.
+
+    The loss is that of `smidgen.loss`: only labelled positions meet the output head, in blocks.
+    """
+    held = [*model.parameters(), *model.buffers()]
+    weights = sum(t.untyped_storage().nbytes() for t in {id(t.untyped_storage()): t for t in held}.values())
+    ledger, layers = Ledger(iter(held)), _layers(model)
+    if not backward:
+        with torch.no_grad(), ledger:
+            hidden = _trunk(model, kind, batch)
+            body = ledger.mark()
+            _loss(model, kind, hidden)
+        return Trace(weights, trunk=max(body, ledger.mark()), body=body)
+    model.train(dropout)
+    spans: dict[str, int] = {}
+    with torch.enable_grad(), ledger, _watched(layers, ledger, spans):
+        loss = _loss(model, kind, _trunk(model, kind, batch))
+        saved = ledger.live
+        loss.backward()
+        last = ledger.mark()
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    if "start" not in spans:
+        return Trace(weights, start=last, saved=saved)
+    return Trace(weights, start=spans["start"], between=spans.get("between", 0), end=last, saved=saved)
+
+
+@contextlib.contextmanager
+def _watched(layers: list[nn.Module], ledger: Ledger, spans: dict[str, int]) -> Iterator[None]:
+    """Note the ledger's peak when the gradients of the last layer's and of the second layer's input are there."""
+    seen: set[int] = set()
+
+    def tap(index: int, span: str) -> Callable[..., None]:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("hidden_states")
+            if index not in seen and isinstance(x, Tensor) and x.requires_grad:
+                seen.add(index)
+                x.register_hook(lambda _: spans.__setitem__(span, ledger.mark()))
+
+        return enter
+
+    handles = []
+    if len(layers) > 2:
+        for index, span in ((len(layers) - 1, "start"), (1, "between")):
+            handles.append(layers[index].register_forward_pre_hook(tap(index, span), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The model's layers: its longest list of modules."""
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def _trunk(model: nn.Module, kind: Kind, batch: Rows) -> Tensor:
+    """Hidden states [n, H] at labelled positions, or the logits of a classifier [B, C]."""
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long, device=next(model.parameters()).device)
+    inputs: dict[str, Tensor | bool] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind == "classification":
+        return model(**inputs).logits
+    if kind == "seq2seq":
+        inputs["decoder_input_ids"] = ids
+    head = output_head(model)
+    caught: list[Tensor] = []
+
+    def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        count = batch.rows * (batch.labels or batch.length)
+        caught.append(args[0].flatten(0, 1).index_select(0, torch.arange(count, device=ids.device)))
+        return (args[0][:, :0], *args[1:])
+
+    if head is None:
+        raise LookupError(f"{type(model).__name__} has no output head")
+    handle = head.register_forward_pre_hook(tap)
+    try:
+        if kind != "masked":
+            inputs["use_cache"] = False
+        model(**inputs)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _loss(model: nn.Module, kind: Kind, hidden: Tensor) -> Tensor:
+    labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+    if kind == "classification":
+        return logits_nll(hidden, labels).sum()
+    head: Any = output_head(model)
+    nll = head_nll_differentiable if torch.is_grad_enabled() else head_nll
+    return nll(hidden, labels, PlainHead(head.weight, head.bias)).sum()  # type: ignore[operator]
+
+
+def of_depth(config: Any, simulate: Callable[[Any], Trace]) -> Trace:
+    """`simulate(config)`, for deep models by way of two shallow ones."""
+    whole = depth(config)
+    if whole is None or whole <= FEW[1] + 1:
+        return simulate(config)
+    parity = whole % 2  # a period of two layers: both shallow models end as the deep one does
+    few = (FEW[0] + parity, FEW[1] + parity)
+    first, second = (simulate(shallower(config, layers)) for layers in few)
+    return first.extrapolated(second, few, whole)

@@ -1,0 +1,171 @@
+"""The planner: simulated bytes beside real ones, passes as the methods make them, and what a user is told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, OPTConfig, RobertaConfig, T5Config
+
+from smidgen import advice, optim, simulate
+from smidgen.cli import app
+from smidgen.config import ConfigError
+from smidgen.planner import Case, Model, Plan, Planner, passes, refused
+from smidgen.simulate import Rows
+
+MIB = 1 << 20
+LLAMA = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+CONFIGS = {
+    "llama": (LlamaConfig(**LLAMA, num_hidden_layers=9), "causal"),
+    "opt": (
+        OPTConfig(
+            hidden_size=64, word_embed_proj_dim=64, ffn_dim=128, num_attention_heads=4, vocab_size=300, num_hidden_layers=10
+        ),
+        "causal",
+    ),
+    "roberta": (
+        RobertaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=300, num_hidden_layers=8),
+        "masked",
+    ),
+}
+
+
+def traced(config, kind, batch, *, backward, checkpointed=False):
+    model = simulate.build(config, kind, torch.float32)
+    with simulate.without_storage(model, "cpu"):
+        if checkpointed:
+            simulate.checkpoint(model)
+        return simulate.trace(model, kind, batch, backward=backward)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("opt", "forward"), ("llama", "backward"), ("roberta", "backward"), ("llama", "checkpointed")]
+)
+def test_a_deep_model_is_what_two_shallow_ones_say(name, how):
+    config, kind = CONFIGS[name]
+
+    def once(config):
+        return traced(config, kind, Rows(3, 40), backward=how != "forward", checkpointed=how == "checkpointed")
+
+    whole, guessed = once(config), simulate.of_depth(config, once)
+    assert guessed.weights == whole.weights
+    assert guessed.trunk == whole.trunk
+    assert guessed.backward == pytest.approx(whole.backward, rel=1e-3)
+
+
+def test_the_saved_bytes_are_those_that_autograd_saves():
+    config, kind = CONFIGS["llama"]
+    batch = Rows(2, 24)
+    found = traced(config, kind, batch, backward=True)
+    model = simulate.build(config, "causal", torch.float32, device="cpu")
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+    assert loss.requires_grad
+    assert found.saved == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_recomputation_keeps_less_and_a_frozen_base_less_still():
+    planner = Planner(Model(*CONFIGS["llama"]), Rows(16, 64))
+    plain, less, lora = (
+        planner.plan(case).terms
+        for case in (Case("adamw"), Case("adamw", keep="checkpointing"), Case("adamw", "lora", "checkpointing"))
+    )
+    assert less.over_weights < 0.8 * plain.over_weights and less.total < plain.total
+    assert lora.total < less.total < plain.total
+    assert plain.optimizer > 2 * plain.weights * 0.99
+    assert lora.gradients < plain.gradients / 10
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "wanted"),
+    [
+        ("zo_sgd", {}, (2, 0, 0, 2)),
+        ("zo_sgd", {"sides": 1, "queries": 3}, (4, 0, 0, 4)),
+        ("zo_sgd", {"sides": "residual"}, (1, 0, 0, 1)),
+        ("zo_conservative", {}, (5, 0, 0, 3)),
+        ("es", {"queries": 4}, (8, 0, 0, 8)),
+        ("fzoo", {"queries": 4}, (5, 0, 0, 5)),
+        ("forward_grad", {}, (0, 0, 1, 0)),
+        ("adamw", {}, (0, 1, 0, 0)),
+    ],
+)
+def test_passes_are_counted_on_the_method_itself(method, options, wanted):
+    sizes = {"model.layers.0.q_proj.weight": (64, 64), "model.layers.1.q_proj.weight": (64, 64), "model.norm.weight": (64,)}
+    p = passes(method, options, sizes)
+    assert (p.forwards, p.backwards, p.slopes, p.together) == wanted
+
+
+def test_a_hybrid_backs_through_its_top_alone():
+    planner = Planner(Model(*CONFIGS["llama"]), Rows(4, 64))
+    hybrid, whole = planner.plan(Case("hybrid")).terms, planner.plan(Case("sgd")).terms
+    assert hybrid.gradients < whole.gradients / 2
+    assert hybrid.activations + hybrid.logits < whole.activations + whole.logits
+
+
+@pytest.mark.parametrize("method", optim.names())
+def test_every_method_has_a_plan_or_a_reason(method):
+    planner = Planner(Model(*CONFIGS["llama"]), Rows(2, 16))
+    found = [refused(planner, Case(method, scheme)) for scheme in ("full", "lora")]
+    assert any(isinstance(plan, Plan) for plan in found) or all(isinstance(reason, str) for reason in found)
+    for plan in found:
+        if isinstance(plan, Plan):
+            assert min(plan.terms.values()) >= 0 and plan.terms.total > plan.terms.weights
+            assert plan.passes.forwards + plan.passes.backwards + plan.passes.slopes > 0
+
+
+def test_an_encoder_and_decoder_is_simulated_whole():
+    config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0)
+    plan = Planner(Model(config, "seq2seq"), Rows(2, 16)).plan(Case("zo_sgd"))
+    assert plan.terms.activations > 0
+
+
+# ---------------------------------------------------------------------------------------------------- what is told
+
+
+def test_the_recommendation_follows_the_memory():
+    planner = Planner(Model(*CONFIGS["llama"]), Rows(8, 128))
+    needs = {case.key: planner.plan(case).terms.total for case in advice.PREFERRED}
+    rich = advice.advise(planner, 10 * max(needs.values()))
+    assert rich.chosen is not None and rich.chosen.case == Case("adamw")
+    assert "back-propagation fits" in rich.recommendation()
+    poor = advice.advise(planner, int(needs["full_zo_sgd"] * 1.12))
+    assert poor.chosen is not None and poor.chosen.case.method in ("lozo", "zo_adam", "zo_sgd", "adamw")
+    assert poor.rows[0].fit == "no" and "checkpointing" in (poor.change(Case("adamw")) or "")
+    assert "fits" not in poor.recommendation().split(":")[0]
+    nothing = advice.advise(planner, MIB // 4)
+    assert nothing.chosen is None and nothing.recommendation().startswith("nothing fits")
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("8GB", 8 << 30), ("7.5 GiB", 15 << 29), ("512m", 512 << 20), ("4096", 4096)])
+def test_sizes(text, wanted):
+    assert advice.memory_of(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "eight", "0GB", "-1GB", "8XB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="is not a size"):
+        advice.memory_of(text)
+
+
+def test_the_command_reads_no_weights(capsys, tmp_path):
+    CONFIGS["llama"][0].save_pretrained(tmp_path)  # a folder with config.json alone
+    with pytest.raises(SystemExit) as end:
+        app(["plan", str(tmp_path), "--memory", "2GB", "--batch", "2", "--length", "32", "--method", "zo_sgd", "--json"])
+    assert end.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["scheme"] for row in found["rows"]} == {"full", "lora"}
+    assert all(row["bytes"]["total"] == sum(v for k, v in row["bytes"].items() if k != "total") for row in found["rows"])
+    with pytest.raises(SystemExit) as end:
+        app(["plan", str(tmp_path), "--memory", "100kB", "--method", "zo_sgd", "--length", "32"])
+    assert end.value.code == 3
+    assert "nothing fits" in capsys.readouterr().out
