@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from smidgen.config import ConfigError, DataError
-from smidgen.tasks import Example
+from smidgen.tasks import Chat, Example
 
-__all__ = ["Chat", "as_turn", "question", "render"]
+__all__ = ["FORMS", "Chat", "as_turn", "give_form", "question", "render"]
 
 # The conversation form of Vicuna v1.1 to v1.5 (lmsys.org, 2023): system sentences, then the turns, each after a space.
 _VICUNA = (
@@ -24,17 +24,41 @@ _VICUNA = (
 )
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A conversation, rendered by the tokenizer's chat template; every assistant turn carries loss."""
+# The form of Tulu and open-instruct (allenai): each turn under its role, the assistant's ends with the end token.
+_TULU = ("<|user|>\n", "\n<|assistant|>\n")
 
-    messages: tuple[dict[str, Any], ...]
-    place: str
+# What opens the user's turn, what closes it, and what an answer begins with.
+_AROUND = {"vicuna": (*_VICUNA, " "), "tulu": (*_TULU, "")}
+
+# The same forms as chat templates, several turns long. START is the tokenizer's start token where it puts one itself.
+FORMS = {
+    "vicuna": (
+        "{{ START }}{% if messages[0].role == 'system' %}{% set opening = messages[0].content %}{% set turns = messages[1:] %}"
+        "{% else %}{% set opening = '" + _VICUNA[0].removesuffix(" USER: ").replace("'", "\\'") + "' %}"
+        "{% set turns = messages %}{% endif %}{{ opening }}"
+        "{% for m in turns %}{% if m.role == 'assistant' %}{{ ' ASSISTANT: ' + m.content + eos_token }}"
+        "{% else %}{{ ' USER: ' + m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    ),
+    "tulu": (
+        "{{ START }}{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}"
+        "{{ m.content.strip() + eos_token + '\n' }}{% else %}{{ m.content.strip() + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+}
+
+
+def give_form(tokenizer: Any, style: str) -> None:
+    """Make a form of ours the tokenizer's chat template; it is saved with it. Raises ConfigError without an end token."""
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"chat {style}: the tokenizer has no end token, with which the assistant's turns end: set eos_token")
+    bos = tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
+    tokenizer.chat_template = FORMS[style].replace("{{ START }}", "" if bos is None else "{{ bos_token }}")
 
 
 def render(chat: Chat, tokenizer: Any, remarks: Counter[str]) -> list[tuple[str, list[tuple[int, int]]]]:
     """(text, spans of the assistant's turns), one row, or one row a turn if the template rewrites earlier turns."""
     turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    turns = turns[-1:] if chat.turns == "last" else turns
     if not turns:
         return [(chat.messages[0]["content"], [])]
     whole = _apply(chat.messages, tokenizer, chat.place)
@@ -68,7 +92,7 @@ def question(example: Example | Chat, tokenizer: Any) -> tuple[str, str]:
 def as_turn(examples: Sequence[Example], style: str, tokenizer: Any = None) -> list[Example]:
     """Examples whose prompts are the user's turn of a conversation, and whose answers are the assistant's.
 
-    style: 'vicuna', or 'model': the tokenizer's chat template, whose own start token is left to the tokenizer. The turn
+    style: 'vicuna', 'tulu', or 'model': the tokenizer's chat template, whose own start token is left to the tokenizer. The turn
     loses outer white space; an answer begins as the form writes it. The form itself is never cut from a long row.
     Raises ConfigError where the tokenizer has no template, or renders the prompt in another spelling; DataError where an
     example has no prompt.
@@ -78,8 +102,8 @@ def as_turn(examples: Sequence[Example], style: str, tokenizer: Any = None) -> l
             raise DataError(
                 f"chat {style}: example {number} has no prompt, and a conversation begins with the user: leave it out"
             )
-    if style == "vicuna":
-        return [_turned(example, *_VICUNA, " ") for example in examples]
+    if style in _AROUND:
+        return [_turned(example, *_AROUND[style]) for example in examples]
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("chat model: the model's tokenizer has no chat template: use chat vicuna, or leave it out")
     found = []
@@ -123,7 +147,7 @@ def _apply(messages: Sequence[Mapping[str, Any]], tokenizer: Any, place: str, *,
     if not tokenizer.chat_template:
         raise DataError(
             f"{place}: a conversation, and the model's tokenizer has no chat template: use an instruction-tuned model, "
-            "put a chat_template.jinja into the model's folder, or give columns prompt and completion"
+            "name a form (chat=tulu or chat=vicuna), or put a chat_template.jinja into the model's folder"
         )
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)

@@ -7,9 +7,9 @@ import pkgutil
 from types import ModuleType
 
 from smidgen.config import ConfigError, nearest
-from smidgen.tasks._example import Example, Reader, Row, Task
+from smidgen.tasks._example import Chat, Example, Pair, Reader, Row, Task
 
-__all__ = ["Example", "Reader", "Row", "Task", "get", "names"]
+__all__ = ["Chat", "Example", "Pair", "Reader", "Row", "Task", "get", "names"]
 
 
 def names() -> list[str]:

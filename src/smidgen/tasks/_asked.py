@@ -27,6 +27,7 @@ class AskedTask:
     free: bool
     read: Reader = read_folder
     choice: bool = False  # trained by the likelihood of the right answer
+    judged: bool = True
 
     @property
     def words(self) -> None:

@@ -1,4 +1,4 @@
-"""Row, Example and Task: what a data file holds, what a model is asked, and the seam between the two.
+"""Row, Example, Chat, Pair and Task: what a data file holds, what a model is asked, and the seam between the two.
 
 A Row is a dict that knows where it was read, for error messages. JSON Lines, the format of the packaged sets, is read
 here with the standard library alone; `smidgen.rows` reads every other format and replaces the reader of a Task.
@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from smidgen.config import DataError
 
@@ -51,6 +51,28 @@ class Example:
     passage: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, rendered by the tokenizer's chat template.
+
+    turns: the assistant's turns that carry loss, 'all' of them or the 'last' one. cut: the end at which a row that is too
+    long loses tokens, 'left' (before the last answer) or 'right' (of the conversation; a row without loss is left out).
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    place: str
+    turns: Literal["all", "last"] = "all"
+    cut: Literal["left", "right"] = "left"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two ends of one conversation, of which the first is preferred; the last assistant turn of each is what counts."""
+
+    chosen: Chat
+    rejected: Chat
+
+
 class Task(Protocol):
     """Data only: where rows come from, how they become examples, and what counts as success.
 
@@ -59,6 +81,7 @@ class Task(Protocol):
     words: the label words in class order, known once the training rows were read; None where rows have options of
     their own, or none. choice: whether training compares the options of a row (softmax over their scores), rather than
     raise the likelihood of the right answer. free: whether answers are generated; then examples have golds, no options.
+    judged: whether there is a metric besides the loss; conversations and pairs have none here.
     """
 
     name: str
@@ -66,12 +89,13 @@ class Task(Protocol):
     read: Reader
     choice: bool
     free: bool
+    judged: bool
 
     @property
     def words(self) -> tuple[str, ...] | None: ...
 
-    def examples(self, split: str, kind: str = "causal") -> list[Example]:
-        """Every row of a split as an Example; kind: of the model (`smidgen.kinds`), which chooses the prompt."""
+    def examples(self, split: str, kind: str = "causal") -> Sequence[Example | Chat | Pair]:
+        """Every row of a split; kind: of the model (`smidgen.kinds`), which chooses the prompt."""
         ...
 
     def metric(self, predictions: Sequence[Any], golds: Sequence[Any]) -> dict[str, float]:

@@ -125,6 +125,7 @@ class LabelledTask:
     read: Reader = read_folder
     choice: bool = True
     free: bool = False
+    judged: bool = True
     _classes: dict[str, int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask, forms
+from smidgen.tasks._dfo import Prompts, Variant, shown
+from smidgen.tasks._labelled import Form, LabelConfig, LabelledTask
 
 status = "reproduction"
 
@@ -17,6 +18,12 @@ SIZES = (1000, 500, 872)  # training, dev and test rows of the benchmark
 CAUSAL = Form("{sentence} It was {answer}", passage="sentence", shapes={"sentence": str.strip})
 MASKED = Form("{sentence} It was {answer} .", passage="sentence", shapes={"sentence": str.strip})
 EMPTY = Form("{sentence} {answer}", passage="sentence", shapes={"sentence": str.strip})
+DFO = Variant(
+    Form("{sentence} . It was {answer}", passage="sentence", shapes={"sentence": str.strip}),
+    Form("{sentence} . It was {answer} .", passage="sentence", shapes={"sentence": str.strip}),
+    ("bad", "great"),
+    ("negative", "positive"),
+)
 
 
 class Config(LabelConfig):
@@ -24,9 +31,13 @@ class Config(LabelConfig):
 
     words: tuple[str, ...] = Field(("terrible", "great"), description="label words: label 0 negative, 1 positive")
     source: str = Field("nyu-mll/glue:sst2", description="hub id with its configuration, or a folder")
+    prompts: Prompts = Field(
+        "published",
+        description="published: as above; dfo, dfo_causal: DFO-LoRA's, with label words for masked or causal models",
+    )
     prompt: bool = Field(True, description="whether the task is put in words; false: the text and the label word alone")
 
 
 def build(config: Config) -> LabelledTask:
-    causal, masked = forms(config.template, CAUSAL if config.prompt else EMPTY, MASKED if config.prompt else None)
-    return LabelledTask("sst2", config.source, causal, masked, config.words)
+    causal, masked, words = shown(config, CAUSAL if config.prompt else EMPTY, MASKED if config.prompt else None, DFO)
+    return LabelledTask("sst2", config.source, causal, masked, words)
