@@ -4,7 +4,7 @@ of 110 million weights in float32 on a CPU, batch 4 x 128, every linear layer of
 All sides compute the model's own loss and its gradient; peft's are stepped by torch's AdamW, SpIEL by sparse_adamw (AG) or
 sm3 (MA). Sides alternate within one process and medians of ratios are reported. Between selections AG computes its own
 entries alone; `spiel_ag_cycle_over_lora` is the mean over a whole cycle of reselection, phase and selection included. Peak:
-resident memory over the loaded model, each side in a process of its own.
+resident memory over the loaded model, each side in a process of its own that has made steps on a tiny model first.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ GOALS = {
 Step = Callable[[], Any]
 
 
-def llama(small: bool) -> nn.Module:
-    """A random Llama of 12 layers and width 768, or a tiny one."""
+def llama(layers: int, small: bool) -> nn.Module:
+    """A random Llama of width 768, or a tiny one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    wide = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    wide = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers, "num_attention_heads": 12}
     tiny = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**(tiny if small else wide), tie_word_embeddings=True))
 
 
-def peft_step(side: str, model: nn.Module, data: dict[str, torch.Tensor]) -> Step:
+def peft_step(side: str, model: nn.Module, data: dict[str, torch.Tensor], rank: int) -> Step:
     """A step of one of peft's adapters; the budget is LoRA's."""
     import peft
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] in names]
-    share = sum(RANK * sum(m.weight.shape) for m in layers) / sum(m.weight.numel() for m in layers)
+    share = sum(rank * sum(m.weight.shape) for m in layers) / sum(m.weight.numel() for m in layers)
     config = {
-        "lora": lambda: peft.LoraConfig(r=RANK, target_modules=names),
-        "shira": lambda: peft.ShiraConfig(r=RANK, target_modules=names, random_seed=0),
+        "lora": lambda: peft.LoraConfig(r=rank, target_modules=names),
+        "shira": lambda: peft.ShiraConfig(r=rank, target_modules=names, random_seed=0),
         "supertuning": lambda: peft.SupertuningConfig(sparsity=1 - share, target_modules=names),
     }[side]()
     wrapped = peft.get_peft_model(model, config).train()  # type: ignore[arg-type]
@@ -74,12 +74,12 @@ def peft_step(side: str, model: nn.Module, data: dict[str, torch.Tensor]) -> Ste
     return step
 
 
-def spiel_step(growth: str, model: nn.Module, data: dict[str, torch.Tensor], selects: bool) -> Step:
+def spiel_step(growth: str, model: nn.Module, data: dict[str, torch.Tensor], rank: int, selects: bool) -> Step:
     """A step of SpIEL; `selects`: with its phases and selections, otherwise as between them."""
     from smidgen import adapt, optim
 
     scheme = adapt.get("spiel")
-    adapted = scheme.build(model.train(), scheme.Config(rank=RANK, growth=growth, every=EVERY, collect=COLLECT))
+    adapted = scheme.build(model.train(), scheme.Config(rank=rank, growth=growth, every=EVERY, collect=COLLECT))
     module = optim.get("sparse_adamw" if growth == "ag" else "sm3")
     optimizer = module.build(adapted.view, module.Config(lr=1e-4))
     if selects:
@@ -95,10 +95,12 @@ def spiel_step(growth: str, model: nn.Module, data: dict[str, torch.Tensor], sel
 
 def step_of(side: str, args: argparse.Namespace, selects: bool = False) -> Step:
     """A side on a model of its own."""
-    model = llama(args.small)
-    rows, length = (2, 16) if args.small else (4, 128)
+    model = llama(args.layers, args.small)
+    rows, length, rank = (2, 16, 1) if args.small else (4, 128, RANK)
     data = batch(model, rows, length, every=True)
-    return peft_step(side, model, data) if side in PEFT else spiel_step(side.removeprefix("spiel_"), model, data, selects)
+    if side in PEFT:
+        return peft_step(side, model, data, rank)
+    return spiel_step(side.removeprefix("spiel_"), model, data, rank, selects)
 
 
 def times(args: argparse.Namespace) -> dict[str, float]:
@@ -139,6 +141,8 @@ def peaks(args: argparse.Namespace) -> dict[str, float]:
             side,
             "--threads",
             str(args.threads),
+            "--layers",
+            str(args.layers),
             *(["--small"] if args.small else []),
         ]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -156,12 +160,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=12, help="fewer make a quicker, cruder comparison")
     parser.add_argument("--small", action="store_true", help="a tiny model: whether it runs")
     parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     on_cpu()
     if args.peak:
+        tiny = step_of(args.peak, argparse.Namespace(layers=2, small=True), selects=True)
+        for _ in range(COLLECT + 1):  # what is imported and compiled on first use is no side's memory
+            tiny()
         step = step_of(args.peak, args, selects=True)
 
         def several() -> None:
@@ -171,8 +179,13 @@ def main() -> None:
         print(json.dumps(peak_over(several)))
         return
     figures = {**peaks(args), **times(args)}
-    shape = "tiny" if args.small else "12 layers, width 768, random"
-    emit("spiel_step", figures, GOALS, {"model": shape, "dtype": "float32", "rank": RANK, "repeats": args.repeats})
+    shape = "tiny" if args.small else f"{args.layers} layers, width 768, random"
+    emit(
+        "spiel_step",
+        figures,
+        GOALS,
+        {"model": shape, "dtype": "float32", "rank": 1 if args.small else RANK, "repeats": args.repeats},
+    )
 
 
 if __name__ == "__main__":

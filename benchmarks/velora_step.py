@@ -3,20 +3,28 @@ LoRA with VeLoRA against LoRA with checkpointing and peft's own VeLoRA variant: 
 
 velora_over_plain, velora_over_checkpointed              time of a step over the opponent's; medians, sides alternate
 velora_peak_over_plain, velora_peak_over_checkpointed    peak over the loaded weights over the opponent's; own processes
-velora_over_<side>, velora_peak_over_<side>              the same against checkpointing with SinkGD, which has no state
+velora_over_<side>, velora_peak_over_<side>              the same against checkpointing with 8-bit AdamW, and with SinkGD,
+                                                         which has no state, updated in the backward pass
+same_kernels_over_plain                                  velora_over_plain with torch's matrix products on both sides: our
+                                                         layers multiply through oneDNN, and the other sides through MKL
 lora_velora_over_<side>, lora_velora_peak_over_<side>    LoRA + VeLoRA over LoRA with checkpointing and over peft's variant
-<side>_peak_mib, _gradient_mib, _state_mib, _saved_mib   of two steps; what is held at the end of a backward; the optimizer's
-                                                         tensors; what the forward saves for the backward (of its own hooks,
-                                                         recomputation inside checkpoints not included)
+<side>_peak_mib, _gradient_mib, _state_mib, _saved_mib   of two steps; what is held at the end of a backward (of a fused side:
+                                                         one tensor's); the optimizer's tensors; what the forward saves for
+                                                         the backward, of its own hooks, recomputation inside checkpoints and
+                                                         logits not included
+weights_mib, logits_mib                                  the loaded weights, which no peak includes; a block of logits
 
 All sides share our chunked cross-entropy (logits of at most 16M numbers at a time, made again in the backward) and one
-policy for the embedding, which is tied to the head: it is frozen. `--small` is a smoke test on a tiny model.
+policy for the embedding, which is tied to the head: it is frozen. Tensors of a megabyte and more are given back to the system
+at once on all sides (glibc would keep holes between them, which are no side's need). `--gpu`: width 2048, bfloat16, 8 x 1024
+on a CUDA device. `--small` is a smoke test on a tiny model; `--only velora,plain` leaves the other sides out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -46,6 +54,14 @@ TINY: dict[str, Any] = {
     "num_attention_heads": 4,
     "vocab_size": 512,
 }
+GPU: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "vocab_size": 32000,
+}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 FULL: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -55,28 +71,36 @@ FULL: dict[str, Any] = {
 }
 
 
-def llama(small: bool) -> nn.Module:
-    """A random Llama with its embedding, tied to the head, frozen."""
+def skeleton(options: dict[str, Any]) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    return LlamaForCausalLM(LlamaConfig(**options, tie_word_embeddings=True))
+
+
+def llama(shape: str) -> nn.Module:
+    """A random Llama with its embedding, tied to the head, frozen; shape: tiny, full or gpu."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**(TINY if small else FULL), tie_word_embeddings=True))
-    model.get_input_embeddings().weight.requires_grad_(False)
-    return model
+        model = skeleton({"tiny": TINY, "full": FULL, "gpu": GPU}[shape])
+    model.get_input_embeddings().weight.requires_grad_(False)  # type: ignore[operator]
+    return model.to("cuda", torch.bfloat16) if shape == "gpu" else model
 
 
 def plain(model: nn.Module) -> Stepper:
     return Stepper(model, "adamw")
 
 
-def checkpointed(model: nn.Module, method: str = "adamw") -> Stepper:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    return Stepper(model, method)
+def checkpointed(model: nn.Module, method: str = "adamw", **options: Any) -> Stepper:
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return Stepper(model, method, **options)
+
+
+def checkpointed_8bit(model: nn.Module) -> Stepper:
+    return checkpointed(model, "sparse_adamw", state="8bit")
 
 
 def checkpointed_sinkgd(model: nn.Module) -> Stepper:
-    return checkpointed(model, "sinkgd")
+    return checkpointed(model, "sinkgd", fused=True)
 
 
 def velora(model: nn.Module) -> Stepper:
@@ -115,19 +139,28 @@ def lora_peft_velora(model: nn.Module) -> Stepper:
 
 SIDES: dict[str, Callable[[nn.Module], Stepper]] = {
     side.__name__: side
-    for side in (plain, checkpointed, checkpointed_sinkgd, velora, lora_checkpointed, lora_velora, lora_peft_velora)
+    for side in (
+        plain,
+        checkpointed,
+        checkpointed_8bit,
+        checkpointed_sinkgd,
+        velora,
+        lora_checkpointed,
+        lora_velora,
+        lora_peft_velora,
+    )
 }
 PAIRS = {
-    "velora": ("plain", "checkpointed", "checkpointed_sinkgd"),
+    "velora": ("plain", "checkpointed", "checkpointed_8bit", "checkpointed_sinkgd"),
     "lora_velora": ("lora_checkpointed", "lora_peft_velora"),
 }
 
 
-def made(side: str, small: bool) -> Stepper:
+def made(side: str, shape: str) -> Stepper:
     """One side's model and optimizer. peft draws its adapters from torch's generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return SIDES[side](llama(small))
+        return SIDES[side](llama(shape))
 
 
 def bytes_of(step: Stepper, data: dict[str, Tensor]) -> dict[str, float]:
@@ -149,6 +182,8 @@ def bytes_of(step: Stepper, data: dict[str, Tensor]) -> dict[str, float]:
     with torch.enable_grad():
         ModelObjective(step.engine, [data]).backward()
     dense = [e.tensor.grad for e in step.view if e.tensor.grad is not None]
+    if getattr(step.optimizer.config, "fused", False):
+        dense = [max(dense, key=lambda gradient: gradient.nbytes)]
     compressed = [u.u for e in step.view if (u := held(e.tensor)) is not None]
     step.optimizer.zero_grad()
     state = [v for s in step.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
@@ -157,14 +192,14 @@ def bytes_of(step: Stepper, data: dict[str, Tensor]) -> dict[str, float]:
     return {name: size / 2**20 for name, size in {**found, "saved": sum(saved.values())}.items()}
 
 
-def measure(side: str, small: bool, rows: int, length: int) -> dict[str, float]:
+def measure(side: str, shape: str, rows: int, length: int) -> dict[str, float]:
     """Peak MiB over the loaded weights of two steps in this process, and its parts."""
     from smidgen import memory
 
     memory.warm_up()
-    tiny = made(side, True)
+    tiny = made(side, "tiny")
     tiny(batch(tiny.engine.model, 2, 8, every=True))  # load libraries before the baseline is taken
-    model = llama(small)
+    model = llama(shape)
     data = batch(model, rows, length, every=True)
     kept: list[Stepper] = []
 
@@ -177,54 +212,86 @@ def measure(side: str, small: bool, rows: int, length: int) -> dict[str, float]:
     return {"peak": (high - before) / 2**20, **bytes_of(kept[0], data)}
 
 
-def times(names: tuple[str, ...], first: str, small: bool, rows: int, length: int, repeats: int) -> dict[str, float]:
+def times(names: list[str], first: str, shape: str, rows: int, length: int, repeats: int) -> dict[str, float]:
     """Median of the first side's step time over each other side's; the sides alternate in this process."""
-    steps = {side: made(side, small) for side in (first, *names)}
+    from smidgen import linear
+
+    steps = {side: made(side, shape) for side in (first, *names)}
     data = batch(steps[first].engine.model, rows, length, every=True)
-    taken: dict[str, list[float]] = {side: [] for side in steps}
+    device = "cuda" if shape == "gpu" else "cpu"
+    taken: dict[str, list[float]] = {side: [] for side in (*steps, "same_kernels")}
     for step in steps.values():
         step(data)
     for _ in range(repeats):
         for side, step in steps.items():
-            taken[side].append(seconds(lambda step=step: step(data)))  # type: ignore[misc]
+            taken[side].append(seconds(lambda step=step: step(data), device))  # type: ignore[misc]
+        if "plain" in names:
+            usual, linear.SMALLEST = linear.SMALLEST, sys.maxsize
+            taken["same_kernels"].append(seconds(lambda: steps[first](data), device))
+            linear.SMALLEST = usual
     for side in steps:
         print(f"{side}: {statistics.median(taken[side]):.2f} s a step", flush=True)
-    return {
-        f"{first}_over_{side}": statistics.median(a / b for a, b in zip(taken[first], taken[side], strict=True))
-        for side in names
-    }
+    found = {f"{first}_over_{side}": _ratio(taken[first], taken[side]) for side in names}
+    return found | ({"same_kernels_over_plain": _ratio(taken["same_kernels"], taken["plain"])} if "plain" in names else {})
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a tiny model and short rows: a smoke test")
+    parser.add_argument("--gpu", action="store_true", help="the larger model on a CUDA device")
+    parser.add_argument("--only", help="sides to measure, separated by commas; all")
     parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--times", choices=PAIRS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    on_cpu()
-    rows, length = (2, 16) if args.small else (args.rows, args.length)
+    shape = "tiny" if args.small else "gpu" if args.gpu else "full"
+    if shape != "gpu":
+        on_cpu()
+    rows, length = (2, 16) if args.small else (args.rows, args.length or (1024 if args.gpu else 256))
+    only = list(SIDES) if args.only is None else args.only.split(",")
+    pairs = {first: [side for side in others if side in only] for first, others in PAIRS.items() if first in only}
     if args.peak:
-        print(json.dumps(measure(args.peak, args.small, rows, length)))
+        print(json.dumps(measure(args.peak, shape, rows, length)))
         return
-    figures: dict[str, float] = {}
-    for side in SIDES:
-        command = [sys.executable, __file__, "--peak", side, "--rows", str(rows), "--length", str(length)]
-        command += ["--threads", str(args.threads), *(["--small"] if args.small else [])]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = json.loads(out.splitlines()[-1])
+    if args.times:
+        print(json.dumps(times(pairs[args.times], args.times, shape, rows, length, 1 if args.small else args.repeats)))
+        return
+
+    def apart(*more: str) -> dict[str, float]:
+        """The figures that a process of this script prints at its end."""
+        command = [sys.executable, __file__, *sys.argv[1:], *more]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ALLOCATOR)
+        *lines, last = done.stdout.splitlines()
+        print("\n".join(lines), flush=True)
+        return json.loads(last)  # type: ignore[no-any-return]
+
+    size = {"gpu": 2}.get(shape, 4)
+    config = {"tiny": TINY, "full": FULL, "gpu": GPU}[shape]
+    block = min(rows * length, max(1, (1 << 24) // config["vocab_size"]))
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in skeleton(config).parameters())
+    figures = {"weights_mib": weights * size / 2**20, "logits_mib": block * config["vocab_size"] * 4 / 2**20}
+    for side in only:
+        found = apart("--peak", side)
         figures |= {f"{side}_{part}_mib": value for part, value in found.items()}
         print(f"{side}: peak over the weights {found['peak']:.0f} MiB", flush=True)
-    for first, others in PAIRS.items():
+    for first, others in pairs.items():
         for side in others:
             figures[f"{first}_peak_over_{side}"] = figures[f"{first}_peak_mib"] / max(figures[f"{side}_peak_mib"], 1e-9)
-        figures |= times(others, first, args.small, rows, length, 1 if args.small else args.repeats)
-    setting = {"model": "tiny" if args.small else "llama 110M, random", "dtype": "float32", "rows": rows, "length": length}
+        if others:
+            figures |= apart("--times", first)
+    names = {"tiny": "tiny", "full": "llama 110M, random", "gpu": "llama 0.9B, random"}
+    setting = {"model": names[shape], "dtype": "bfloat16" if args.gpu else "float32", "rows": rows, "length": length}
     setting |= {"groups": GROUPS, "recompute": "mlp", "lora_rank": RANK, "embedding": "tied, frozen on all sides"}
-    emit("velora_step", figures, {} if args.small else GOALS, setting)
+    emit("velora_step", figures, {} if shape != "full" or args.only else GOALS, setting | ALLOCATOR)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 Protocol. A run may spend a budget of example-forwards, whatever its method; the grid states what a step of each costs.
 Rates: five trials for each cell on one seed, a third of the budget each: three around a centre, two where these point; the
-lowest loss on the dev rows wins, and the trials' data hold no test rows. Then the seeds at that rate, whose end is measured on dev and, once, on test. `zero_shot`
-is the untrained model under the scheme.
+lowest loss on the dev rows wins, and the trials' data hold no test rows. Then the seeds at that rate, whose end is measured
+on dev and, once, on test. `zero_shot` is the untrained model under the scheme.
 
 A record is one JSON file, PLACE/SCHEME-METHOD-ROLE-N.json, with: format; place, scheme, method (the grid's label), module
 (the method's name), role (zero_shot, search, seed, equal_time, equal_memory), seed; model, task, task_args, data, rows,

@@ -32,6 +32,7 @@ from torch import nn
 from _models import Stepper, batch, forward_backward, on_cpu, opt, peak_over, plain_loss, seconds, two_forwards
 from _record import emit
 
+SMALL_SPACES = ("cma_es", "fireworks")  # search adapters, not whole models: see dfo.py
 AS_A_WHOLE = {"zo_conservative": 1.4, "zo_momentum": 1.15, "zo_adam": 1.15}  # goals of whole steps
 ROWS, LENGTH = 16, 64
 
@@ -117,7 +118,13 @@ def main() -> None:
     from smidgen import optim
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=optim.names(), default=optim.names(), metavar="METHOD")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=optim.names(),
+        default=[m for m in optim.names() if m not in SMALL_SPACES],
+        metavar="METHOD",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, help="fewer layers for a quick look")
     parser.add_argument("--small", action="store_true", help="a tiny model, one repeat, no memory: a smoke test")

@@ -89,6 +89,15 @@ def grid(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
+def length_of(preset: Any) -> str:
+    """How long a preset runs: steps, epochs, or the method's budget of forwards."""
+    run = preset.keys
+    if "train.max_steps" in run:
+        return f"{run['train.max_steps']:,}"
+    epochs = run.get("train.num_train_epochs")
+    return f"{preset.options['budget']:,} forwards" if epochs is None else f"{epochs} epochs"
+
+
 def published() -> str:
     """Published presets, one row for the tasks (of MeZO), or the schemes, that share everything; the sources below."""
     from smidgen import presets
@@ -102,8 +111,8 @@ def published() -> str:
             "/".join([*parts[:shared], "{}", *parts[shared + 1 :]]),
             preset.method,
             *(f"{preset.options[key]:g}" if key in preset.options else "-" for key in ("lr", "eps")),
-            str(run["train.per_device_train_batch_size"]),
-            f"{run['train.max_steps']:,}" if "train.max_steps" in run else f"{run['train.num_train_epochs']} epochs",
+            str(run.get("train.per_device_train_batch_size", "-")),
+            length_of(preset),
             *(grid(preset.grid.get(key, ())) for key in ("lr", "eps")),
         )
         rows.setdefault(row, []).append(parts[shared])

@@ -1,0 +1,151 @@
+"""Derivative-free search of DFO-LoRA's small spaces on a RoBERTa-shaped random model, float32: 32 rows of 50 tokens with one
+masked label word, populations of 20, query and key, r = 4, d = 500 a layer.
+
+dfo_speedup       evaluations a second of `cma_es` through the batched engine with the prefix cache, over those of one candidate
+                  at a time without it; a round over all layers on both sides, which alternate
+dfo_gap           largest difference of a candidate's fitness between the two
+dfo_layers        share of the layers that the fast side runs
+dfo_peak_ratio    peak memory over the loaded model of a round, over that of one plain forward of as many rows as the fast side
+                  evaluates at once; each in its own process
+map_bytes         what the random maps would take if they were stored; they are not
+
+`--small` is a smoke test on a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+
+from _models import peak_over, seconds
+from _record import emit
+
+POPULATION = 20
+SHAPES = {  # hidden, layers, heads, rows, tokens, d
+    "base": (768, 12, 12, 32, 50, 500),
+    "small": (256, 6, 4, 32, 50, 500),
+    "tiny": (32, 2, 2, 4, 8, 20),
+}
+
+
+def model_and_rows(shape: str, rows: int | None = None) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A random masked LM, and rows whose fourth token is one of two label words."""
+    import transformers
+
+    hidden, layers, heads, count, length, _ = SHAPES[shape]
+    config = transformers.RobertaConfig(
+        vocab_size=8192, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, max_position_embeddings=length + 4, pad_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.RobertaForMaskedLM(config).eval()
+        count = rows or count
+        ids = torch.randint(5, 8192, (count, length))
+    labels = torch.full_like(ids, -100)
+    words = torch.tensor([100, 200])
+    labels[:, 3] = words[torch.arange(count) % 2]
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "choices": words}
+
+
+class Search:
+    """A CMA-ES over the layers of a model; call it for one round."""
+
+    def __init__(self, shape: str, fast: bool):
+        from smidgen.adapt import dfo_lora
+        from smidgen.batched import BatchedEngine
+        from smidgen.optim.cma_es import CMAES
+        from smidgen.probing import Engine
+
+        model, self.data = model_and_rows(shape)
+        adapted = dfo_lora.build(model, dfo_lora.Config())
+        self.engine = (BatchedEngine if fast else Engine)(adapted.model, adapted.view, "masked")
+        self.engine.reuse.every = int(fast)
+        self.optimizer = CMAES(adapted.view, dimension=SHAPES[shape][5], population=POPULATION, init="hidden", incumbent="mean")
+
+    def __call__(self) -> list[float]:
+        """The fitness of every candidate of a round."""
+        from smidgen.objective import ModelObjective, Recorded
+
+        values: list[float] = []
+        for _ in self.optimizer.blocks:
+            recorded = Recorded(ModelObjective(self.engine, [self.data]))
+            self.optimizer.step(recorded)
+            values += recorded.values[-POPULATION:]
+        return values
+
+
+def speed(shape: str, repeats: int) -> dict[str, float]:
+    """Speed-up, gap and share of layers run."""
+    fast, slow = Search(shape, True), Search(shape, False)
+    gaps = [max(abs(a - b) for a, b in zip(fast(), slow(), strict=True))]
+    layers = len(fast.optimizer.blocks)
+    skipped, ratios = fast.engine.reuse.skipped, []
+    for _ in range(repeats):
+        found: list[list[float]] = []
+        mine = seconds(lambda found=found: found.append(fast()))
+        ratios.append(seconds(lambda found=found: found.append(slow())) / mine)
+        gaps.append(max(abs(a - b) for a, b in zip(*found, strict=True)))
+    calls = repeats * layers  # one forward of the whole population a generation, if memory allows
+    share = 1.0 - (fast.engine.reuse.skipped - skipped) / (calls * layers)
+    return {"dfo_speedup": statistics.median(ratios), "dfo_gap": max(gaps), "dfo_layers": share}
+
+
+def peak(side: str, shape: str) -> int:
+    """Bytes of peak memory over the loaded model of a second round, or of a plain forward of the population's rows."""
+    from smidgen import memory
+
+    memory.warm_up()
+    run: Any
+    if side == "search":
+        Search("tiny", True)()
+        run = Search(shape, True)
+    else:
+        from smidgen.params import ParamView
+        from smidgen.probing import Engine
+
+        model, data = model_and_rows(shape, POPULATION * SHAPES[shape][3])
+        engine = Engine(model, ParamView.of_model(model), "masked")
+        engine.prepare(data)
+
+        def run() -> None:
+            engine.losses(data)
+
+    high, before = peak_over(run)
+    return high - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="base")
+    parser.add_argument("--peak", choices=("search", "forward"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    shape = "tiny" if options.small else options.shape
+    if options.peak:
+        print(json.dumps(peak(options.peak, shape)))
+        return
+    figures = speed(shape, 1 if options.small else options.repeats)
+    peaks = {}
+    for side in ("search", "forward"):
+        command = [sys.executable, __file__, "--peak", side, "--shape", shape]
+        peaks[side] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    hidden, layers, *_, d = SHAPES[shape]
+    figures |= {"dfo_peak_ratio": peaks["search"] / max(1, peaks["forward"]), "map_bytes": layers * hidden * 4 * d * 4}
+    goals = {"dfo_speedup": (">=", 3.0), "dfo_gap": ("<=", 1e-4), "dfo_peak_ratio": ("<=", 1.10)}
+    setting = {"model": f"RoBERTa, hidden {hidden}, {layers} layers", "dtype": "float32", "population": POPULATION, "d": d}
+    emit("dfo", figures, goals, {**setting, "repeats": options.repeats, "threads": torch.get_num_threads()})
+
+
+if __name__ == "__main__":
+    main()
