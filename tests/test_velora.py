@@ -256,7 +256,7 @@ def test_saved_bytes_of_parts_are_the_formulas(itemsize, dtype):
     assert saved.total == tokens * itemsize * 4 and len(q) == 3
     told = policy.saved_bytes(tokens, itemsize)
     # a layer's inputs: of q/k/v, o, gate/up, down
-    expected = {"projections": 2 * 4 * 4, "norms": 5 * 24, "gates": 2 * 2 * 40}
+    expected = {"projections": 2 * 4 * 4, "norms": 5 * 24, "gates": 2 * 2 * 40, "activations": 0}
     assert told == {name: tokens * itemsize * count for name, count in expected.items()}
 
 

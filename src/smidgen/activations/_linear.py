@@ -6,7 +6,8 @@
               U  = g^T Z_p  [O, G]     M times fewer multiplications than g^T X; dW = U (x) v is never built
 
 U goes beside `.grad` on the weight (see `_compressed`); `.grad` stays None. So `torch.autograd.grad` with respect to W has
-no answer, and only the optimizers of this package know the gradient.
+no answer, and only the optimizers of this package know the gradient. Large float32 products on a CPU go through oneDNN
+(`smidgen.linear`), as evaluations do: the same sums in another order than torch's. All others have autograd's bits.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from smidgen.activations import _compressed
+from smidgen.linear import linear
 
 _BLOCK = 1 << 20  # elements of float32 workspace where 16-bit gradients are converted (4 MB); chosen
 
@@ -31,7 +32,7 @@ class ProjectedLinear(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(z, weight)
         ctx.weight, ctx.v, ctx.kind = weight, v, x.dtype
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -40,15 +41,15 @@ class ProjectedLinear(Function):
         flat = g.flatten(0, -2)
         dx = db = None
         if ctx.needs_input_grad[0]:
-            dx = (flat @ weight.to(flat.dtype)).view(*g.shape[:-1], weight.shape[1]).to(ctx.kind)
+            dx = linear(flat, weight.to(flat.dtype).t(), None).view(*g.shape[:-1], weight.shape[1]).to(ctx.kind)
         if ctx.needs_input_grad[1]:
-            _compressed.accumulate(ctx.weight, _product(flat, z), ctx.v)
+            _compressed.accumulate(ctx.weight, product(flat, z), ctx.v)
         if ctx.needs_input_grad[2]:
             db = flat.sum(0)
         return dx, None, db, None, None
 
 
-def _product(g: Tensor, z: Tensor) -> Tensor:
+def product(g: Tensor, z: Tensor) -> Tensor:
     """g^T Z_p [O, G]; of 16-bit values in float32, since a sum over tokens easily leaves float16's range."""
     if g.element_size() >= 4 and g.dtype == z.dtype:
         return g.t() @ z

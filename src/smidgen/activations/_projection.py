@@ -5,7 +5,10 @@ A token x [D] is split into G sub-tokens x_g of size M, the last one padded with
 
 from __future__ import annotations
 
+import functools
+import importlib
 import weakref
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -19,6 +22,7 @@ from smidgen.noise import philox
 Init = Literal["mean", "power", "random"]
 
 _POWER = 16  # power iterations on the M x M Gram matrix; chosen: they cost next to nothing beside making it
+_LARGE = 1 << 18  # elements from which a compiled kernel may project an input; chosen: numba loads once a run needs it
 _BLOCK = 1 << 20  # elements of float32 workspace where 16-bit values are converted (4 MB); chosen
 
 
@@ -73,6 +77,15 @@ class Projection:
             self._last = None
 
     def _project(self, tokens: Tensor) -> Tensor:
+        assert self.v is not None
+        compiled = None
+        # On a CPU one vector for all groups is a plain matrix-vector product, at which torch is the faster.
+        if tokens.numel() >= _LARGE and tokens.is_contiguous() and (len(self.v) > 1 or tokens.device.type != "cpu"):
+            compiled = _kernel(tokens.device.type, tokens.dtype)
+        return self._twin(tokens) if compiled is None else compiled(tokens, self.v, self.groups)
+
+    def _twin(self, tokens: Tensor) -> Tensor:
+        """What the compiled kernels compute, in plain torch."""
         if tokens.element_size() >= 4:
             return self._multiply(tokens)
         step = max(1, _BLOCK // self.width)
@@ -94,6 +107,20 @@ class Projection:
 def address(seed: int, tensor: int) -> noise.Address:
     """Where the noise of random vectors lives."""
     return noise.Address(seed, tensor, 0, 0, philox.INIT)
+
+
+@functools.cache
+def _kernel(device: str, kind: torch.dtype) -> Callable[..., Tensor] | None:
+    """What projects tokens of a device and dtype in one pass: numba on a CPU, Triton on CUDA; None where there is none."""
+    name = {"cpu": "cpu", "cuda": "cuda"}.get(device)
+    if name is None:
+        return None
+    try:
+        module = importlib.import_module(f"smidgen.activations._projection_{name}")
+    except ImportError as error:
+        notice(f"velora: projections on {device} are made by plain torch: {error}")
+        return None
+    return module.project if kind in module.KINDS else None  # type: ignore[no-any-return]
 
 
 def _units(v: Tensor, name: str) -> Tensor:

@@ -3,7 +3,8 @@
 - `again`: any function of tensors without randomness: only its inputs are saved, and the backward differentiates the same
   operations; where an input is used several times, its gradient is the same sum in another order. Used for RMS norms
   (written in torch operators, which save several tensors of the input's size) and for `act(gate) * up` of a gated MLP
-  (saves four, two of them its inputs), or for the whole of act(gate(x)) * up(x), whose two products are then made again.
+  (saves four, two of them its inputs), or for the whole of act(gate(x)) * up(x), whose two products are then made again,
+  and for activations written in several torch operators (GELU by tanh saves eight).
 - `relu`: saves one byte an element instead of the output, which only a compressed layer reads.
 """
 
@@ -60,6 +61,27 @@ class _ReLU(Function):
 def relu(x: Tensor) -> Tensor:
     """max(x, 0); saves where it is positive."""
     return _ReLU.apply(x)  # type: ignore[no-any-return]
+
+
+def activation_again(module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """forward(module, x) of an activation; saves x."""
+    return again(functools.partial(forward, module), (x,))
+
+
+def saves_copies(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' activations that saves more than its input, as a trial tells."""
+    if type(module).__module__ != "transformers.activations" or next(module.parameters(), None) is not None:
+        return False
+    held: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    x = torch.linspace(-1, 1, 8).requires_grad_()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x).sum()
+    return bool(held - {x.untyped_storage().data_ptr()})
 
 
 def is_rms_norm(module: nn.Module) -> bool:

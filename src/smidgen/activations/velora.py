@@ -19,14 +19,18 @@ attention_mask says, where a layer's input has its shape; all tokens elsewhere, 
 over ranks. It is saved with checkpoints and read again. Layers that read the same tensor (q, k, v; gate, up) share
 vectors and one saved copy.
 
-`recompute: cheap`: RMS norms, `act(gate) * up` of gated MLPs and ReLU, which save copies of the same tensors of their own,
-save their inputs (ReLU: one byte an element) and compute the rest again in the backward: the same bits forward, and gradients
-that are sums of the same terms. `mlp`: gated MLPs of plain linear layers save nothing of gate(x) and up(x) either, and
-multiply both again, which costs about a sixth of the step's multiplications.
+`recompute: cheap`: RMS norms, `act(gate) * up` of gated MLPs, ReLU and GELUs of several operators, which save copies of the
+same tensors of their own, save their inputs (ReLU: one byte an element) and compute the rest again in the backward: the same
+bits forward, and gradients that are sums of the same terms. Dropout saves nothing: its masks are drawn again. `mlp`: gated
+MLPs of plain linear layers save nothing of gate(x) and up(x) either, and multiply both again, which costs about a sixth of
+the step's multiplications.
+
+With other schemes: the inputs of LoRA's A, of both branches of Hydra and of SSF's scales; of sparse deltas (SpIEL), whose
+gradient is gathered from U (x) v (see `_deltas`). Scheme velora is the same training as an adapter over a frozen base.
 
 Cost: one pass over each input in the forward; saved by a layer's input: tokens x G x itemsize, see `VeLoRA.saved_bytes`.
 It does not: touch the output head, tied weights or layers other than nn.Linear; compress what attention saves (q, k, v, its
-output); replay dropout; run on several processes.
+output, its dropout); run on several processes.
 """
 
 from __future__ import annotations
@@ -39,26 +43,28 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smidgen.activations import _compressed, _recompute
+from smidgen.activations import _compressed, _dropout, _recompute
+from smidgen.activations._deltas import ProjectedDeltas, site_of
 from smidgen.activations._linear import ProjectedLinear
-from smidgen.activations._projection import Init, Projection, address
+from smidgen.activations._projection import Init
+from smidgen.activations._scale import ProjectedScale, Scale
+from smidgen.activations._vectors import FILE, Vectors
 from smidgen.config import ConfigError
 from smidgen.linear import linear
 from smidgen.params import Entry, ParamView
+
+__all__ = ["FILE", "Config", "VeLoRA", "build", "status"]
 
 status = "experimental"
 
 Recompute = Literal["none", "cheap", "mlp"]
 
-FILE = "velora.safetensors"  # in each checkpoint
-
 # The published placements, as Hugging Face models call these layers.
 _VALUE = r"(\.(v_proj|value|v_lin)\b|Attention\.v\b)"
 _DOWN = r"(\.(down_proj|fc2|wo|c_proj|dense_4h_to_h)\b|(?<!attention)\.output\.dense\b)"
+_KINDS = ("weight", "scale", "delta")  # tuned tensors of linear layers, scales, and linear layers with sparse deltas
 _PLACES = {"all": "", "value": _VALUE, "down": _DOWN, "value+down": f"{_VALUE}|{_DOWN}"}
 
 
@@ -97,29 +103,33 @@ class VeLoRA:
 
     def __init__(self, model: nn.Module, config: Config, view: ParamView, seed: int):
         self.model, self.config, self.seed = model, config, seed
-        self.chosen = _chosen(model, config, view)  # canonical name of the weight -> its module
-        self.projections: dict[str, Projection] = {}  # name of the weight -> what it shares with others
-        self._ids = {name: view[name].id for name in self.chosen}
-        self._mask: Tensor | None = None
-        self._recent: tuple[Tensor, int, Projection] | None = None  # last input of the first forward
-        self._decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        # Canonical name of the tuned tensor -> its module.
+        self.chosen, self.scales, self.sparse = _chosen(model, config, view)
+        ids = {name: view[name].id for name in (*self.chosen, *self.scales, *self.sparse)}
+        self._vectors = Vectors(model, config, ids, seed)
+        self.projections = self._vectors.projections  # name of the weight -> what it shares with others
         self._patched: list[nn.Module] = []
         free = [] if config.recompute == "none" else [m for m in model.modules() if _plain(m)]
         self._norms = [m for m in free if _recompute.is_rms_norm(m)]
         self._gates = [m for m in free if _recompute.is_gated(m)]
         for name, linear_module in self.chosen.items():
             self._patch(linear_module, functools.partial(self._linear, name, linear_module))
+        for name, scale in self.scales.items():
+            self._patch(scale, functools.partial(self._scale, name, scale))
+        for name, layer in self.sparse.items():
+            self._patch(layer, functools.partial(self._deltas, name, layer))
         for module in self._norms:
             self._patch(module, functools.partial(_norm, module, type(module).forward))
         for module in self._gates:
             self._patch(module, functools.partial(self._gate, module, type(module).forward))
+        self._acts = {m: _width(model, m) for m in free if type(m) is nn.ReLU or _recompute.saves_copies(m)}
+        for module in self._acts:
+            self._patch(module, functools.partial(_activation, module, type(module).forward))
         for module in free:
-            if type(module) is nn.ReLU:
-                self._patch(module, functools.partial(_relu, module))
-        self._hooks = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
-        ]
+            if type(module) is nn.Dropout and not module.inplace:
+                self._patch(module, functools.partial(_dropout.forward, module))
+            elif _plain(module) and _dropout.by_function(module):
+                self._patch(module, functools.partial(_dropout.replaying, module, type(module).forward))
 
     def _patch(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         module.forward = forward  # type: ignore[method-assign]
@@ -133,60 +143,48 @@ class VeLoRA:
         """Take the policy out of the model, with compressed gradients that are still held."""
         for module in self._patched:
             module.__dict__.pop("forward", None)
-        for hook in self._hooks:
-            hook.remove()
+        self._vectors.remove()
         _compressed.drop(m.weight for m in self.chosen.values())  # type: ignore[misc]
 
     # -- forward ------------------------------------------------------------------------------------------------------
-
-    def _enter(self, _: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if len(self.projections) < len(self.chosen) and torch.is_grad_enabled():
-            self._mask = kwargs.get("attention_mask")
-
-    def _leave(self, *_: Any) -> None:
-        self._mask = self._recent = None
 
     def _linear(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
         weight, bias = module.weight, module.bias
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return linear(x, weight, bias)
-        projection = self.projections.get(name) or self._choose(name, x)
+        projection = self._vectors.of(name, x)
         z = projection.project(x)
         if torch.is_autocast_enabled(x.device.type):
             kind = torch.get_autocast_dtype(x.device.type)
             x = x.to(kind)
         return ProjectedLinear.apply(x, weight, bias, z, projection.v)  # type: ignore[no-any-return]
 
+    def _scale(self, name: str, module: Scale, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and module.scale.requires_grad):
+            return Scale.forward(module, x)
+        projection = self._vectors.of(name, x)
+        z = projection.project(x)
+        return ProjectedScale.apply(x, module.scale, module.shift, z, projection.v)  # type: ignore[no-any-return]
+
+    def _deltas(self, name: str, module: nn.Linear, x: Tensor) -> Tensor:
+        site, delta = site_of(module), module._parameters["delta"]
+        assert site is not None
+        if not torch.is_grad_enabled() or delta is not site.delta or torch.is_autocast_enabled(x.device.type):
+            return type(module).forward(module, x)
+        site.swap_in()
+        projection = self._vectors.of(name, x)
+        z = projection.project(x)
+        return ProjectedDeltas.apply(x, delta, module.weight, module.bias, z, projection.v, site)  # type: ignore[no-any-return]
+
     def _gate(self, module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(module, x)
         if not self._multiplied_again(module):
             return _recompute.gated_again(module, x)
-        for name, reader in self.chosen.items() if len(self.projections) < len(self.chosen) else ():
+        for name, reader in () if self._vectors.chosen else self.chosen.items():
             if name not in self.projections and any(reader is m for m in (module.gate_proj, module.up_proj)):
-                self._choose(name, x)  # now, while the mask is known: they run with gradient in the backward only
+                self._vectors.of(name, x)  # now, while the mask is known: they run with gradient in the backward only
         return _recompute.gated_anew(module, x)
-
-    def _choose(self, name: str, x: Tensor) -> Projection:
-        """The vectors of a layer at its first input: those of the layer before, where both read the same tensor."""
-        if self._recent is not None and self._recent[0] is x and self._recent[1] == x._version:
-            projection = self._recent[2]
-        else:
-            projection = Projection(name, x.shape[-1], *self.config.split(x.shape[-1]))
-            at = address(self.seed, self._ids[name])
-            projection.choose(x.detach(), self._valid(name, x), self.config.init, self.config.per_group, at)
-            self._recent = (x, x._version, projection)
-        self.projections[name] = projection
-        return projection
-
-    def _valid(self, name: str, x: Tensor) -> Tensor | None:
-        """Which tokens of an input are no padding, as far as the mask tells."""
-        mask = self._mask
-        if mask is None or mask.ndim != 2 or (self._decoder and "decoder" in name):
-            return None
-        if mask.shape == x.shape[:-1]:
-            return mask.bool()
-        return mask.flatten().bool() if x.ndim == 2 and mask.numel() == len(x) else None
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
@@ -195,16 +193,25 @@ class VeLoRA:
         saved. Layers whose inputs are not known yet (before the first forward) count as sharing nothing."""
         anew = [g for g in self._gates if self._multiplied_again(g)]
         made_again = {id(m) for g in anew for part in ("gate_proj", "up_proj") for m in g.get_submodule(part).modules()}
-        kept = {name: module for name, module in self.chosen.items() if id(module) not in made_again}
+        kept = {n: m for n, m in self._all().items() if id(m) not in made_again}
         shared = {id(p): p.groups for name in kept if (p := self.projections.get(name)) is not None}
-        alone = [self.config.split(m.in_features)[0] for name, m in kept.items() if name not in self.projections]
+        alone = [self.config.split(width)[0] for name, width in self._places(kept).items() if name not in self.projections]
         widths = [int(g.get_submodule("gate_proj").out_features) for g in self._gates if g not in anew]  # type: ignore[arg-type]
         norms = [next(m.parameters()).numel() for m in self._norms]
         return {
             "projections": tokens * itemsize * (sum(shared.values()) + sum(alone)),
             "norms": tokens * itemsize * sum(norms),
             "gates": tokens * itemsize * 2 * sum(widths),
+            "activations": tokens * sum(w * (1 if type(m) is nn.ReLU else itemsize) for m, w in self._acts.items()),
         }
+
+    def _all(self) -> dict[str, nn.Linear | Scale]:
+        return {**self.chosen, **self.scales, **self.sparse}
+
+    @staticmethod
+    def _places(modules: Mapping[str, nn.Linear | Scale]) -> dict[str, int]:
+        """Width of each module's input."""
+        return {n: m.in_features if isinstance(m, nn.Linear) else m.scale.numel() for n, m in modules.items()}
 
     def gradient_shapes(self, shapes: Mapping[str, tuple[Any, torch.dtype]]) -> dict[str, tuple[Any, torch.dtype]]:
         """Shapes of the tuned tensors with those of compressed weights replaced by their U's: what `state_bytes` of
@@ -216,34 +223,13 @@ class VeLoRA:
 
     def save(self, folder: Path) -> None:
         """Write the vectors into a checkpoint's folder; nothing before the first forward with gradient."""
-        if not self.projections:
-            return
-        shared = {name: p.name for name, p in self.projections.items()}
-        vectors = {p.name: p.v.cpu() for p in self.projections.values() if p.v is not None}
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(vectors, folder / FILE, metadata=shared)
+        self._vectors.save(folder)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote. Raises ConfigError for a checkpoint without vectors, or with those of other layers."""
-        path = folder / FILE
-        if not path.exists():
-            raise ConfigError(
-                f"{folder} holds no {FILE}: its vectors cannot be made again, so the run would go on in other subspaces; "
-                "resume from a checkpoint of a velora run, or start a new run from its weights"
-            )
-        with safe_open(path, "pt") as file:
-            shared = dict(file.metadata() or {})
-        vectors, found = load_file(path), {}
-        for reader, name in shared.items():
-            module = self.chosen.get(reader)
-            if module is None or vectors[name].shape[1] != self.config.split(module.in_features)[1]:
-                raise ConfigError(
-                    f"{path} holds vectors of other layers or sizes ({reader}): resume with the run's own settings"
-                )
-            if name not in found:
-                found[name] = Projection(name, module.in_features, *self.config.split(module.in_features))
-                found[name].v = vectors[name].to(module.weight.device)
-            self.projections[reader] = found[name]
+        modules = self._all()
+        devices = {name: next(m.parameters()).device for name, m in modules.items()}
+        self._vectors.load(folder, {name: (width, devices[name]) for name, width in self._places(modules).items()})
 
 
 def _plain(module: nn.Module) -> bool:
@@ -256,35 +242,55 @@ def _norm(module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tenso
     return _recompute.norm_again(module, forward, x)
 
 
-def _relu(module: nn.ReLU, x: Tensor) -> Tensor:
-    return _recompute.relu(x) if torch.is_grad_enabled() else nn.ReLU.forward(module, x)
+def _activation(module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(module, x)
+    return _recompute.relu(x) if type(module) is nn.ReLU else _recompute.activation_again(module, forward, x)
 
 
-def _chosen(model: nn.Module, config: Config, view: ParamView) -> dict[str, nn.Linear]:
-    """The tuned linear layers that are compressed, by the names of their weights. Raises ConfigError where there are none."""
+def _width(model: nn.Module, activation: nn.Module) -> int:
+    """Elements of an activation's input a token: the most outputs among the layers that stand beside it."""
+    beside = next(m for m in model.modules() if activation in m.children()).children()
+    widths: list[Any] = [getattr(m, "out_features", None) for m in beside]
+    return max((width for width in widths if isinstance(width, int)), default=0)
+
+
+def _chosen(
+    model: nn.Module, config: Config, view: ParamView
+) -> tuple[dict[str, nn.Linear], dict[str, Scale], dict[str, nn.Linear]]:
+    """The modules that are compressed, by the names of their tuned tensors: linear layers, scales, and linear layers with
+    sparse deltas. Raises ConfigError where there are none."""
     try:
         wanted = re.compile(_PLACES.get(config.layers, config.layers))
     except re.error as error:
         raise ConfigError(f"layers = {config.layers!r} is not a regular expression ({error}): correct it") from None
     getter = getattr(model, "get_output_embeddings", None)
     head = None if getter is None else getter()
-    of_kind: list[Entry] = [e for e in view if any(type(m) is nn.Linear and a == "weight" for m, a in e.sites)]
-    found: dict[str, nn.Linear] = {}
+    of_kind: list[Entry] = [e for e in view if any(_kind(m, a) for m, a in e.sites)]
+    found: dict[str | None, dict[str, Any]] = {kind: {} for kind in _KINDS}
     for entry in of_kind:
         module = entry.sites[0][0]
-        assert isinstance(module, nn.Linear) or len(entry.sites) > 1
         if len(entry.sites) > 1 or module is head or not _plain(module) or not wanted.search(entry.name):
             continue
-        if config.split(module.in_features)[1] > 1:  # type: ignore[arg-type]
-            found[entry.name] = module  # type: ignore[assignment]
-    if not found:
+        width = module.in_features if isinstance(module, nn.Linear) else entry.tensor.numel()
+        if config.split(width)[1] > 1:
+            found[_kind(*entry.sites[0])][entry.name] = module
+    if not any(found.values()):
         told = ", ".join(e.name for e in of_kind[:3]) or "none"
         raise ConfigError(
             f"velora with layers = {config.layers!r} finds nothing to compress among the {len(view)} tuned tensors: it takes "
             "weights of nn.Linear with more inputs than groups that are not tied and not the output head (linear weights "
             f"here: {told}); choose other layers or fewer groups, or leave activations out"
         )
-    return found
+    weights, scales, deltas = (found[kind] for kind in _KINDS)
+    return weights, scales, deltas
+
+
+def _kind(module: nn.Module, attribute: str) -> str | None:
+    """How a tuned tensor of a module is read, one of `_KINDS`; None where it is not compressed."""
+    if (type(module), attribute) in ((nn.Linear, "weight"), (Scale, "scale")):
+        return attribute
+    return "delta" if attribute == "delta" and site_of(module) is not None else None
 
 
 def build(model: nn.Module, config: Config, *, view: ParamView, seed: int = 0) -> VeLoRA:

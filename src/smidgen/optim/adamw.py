@@ -16,25 +16,24 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from smidgen.optim._gradients import GradientOptimizer, adamw_, adamw_bytes
-from smidgen.optim._optimizer import MethodConfig
+from smidgen.optim._gradients import GradientConfig, GradientOptimizer, adamw_, adamw_bytes
 from smidgen.params import ParamView, Rounding
 
 status = "experimental"
 
 # Without an lr of the user's: from results/real_input, for models of 3M to 22M weights; larger ones want smaller rates.
-# Prefix and prompt: the best of few rates on the embedded model's reviews, 60 steps; bitfit and head: chosen.
+# Prefix, prompt and head: the best of few rates on the embedded model's reviews, 60 steps; bitfit: chosen.
 SUGGESTED: dict[str, dict[str, Any]] = {
     "full": {"lr": 1e-4},
     "lora": {"lr": 1e-3},
     "prefix": {"lr": 1e-1},
     "prompt": {"lr": 1e-3},
     "bitfit": {"lr": 1e-3},
-    "head": {"lr": 1e-3},
+    "head": {"lr": 1e-2},
 }
 
 
-class Config(MethodConfig):
+class Config(GradientConfig):
     """Options of AdamW; defaults are torch's, except the learning rate."""
 
     lr: float = Field(5e-5, gt=0, description="learning rate; 5e-5 is transformers' default")

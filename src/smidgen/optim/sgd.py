@@ -15,14 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from smidgen.optim._gradients import GradientOptimizer
-from smidgen.optim._optimizer import MethodConfig
+from smidgen.optim._gradients import GradientConfig, GradientOptimizer
 from smidgen.params import ParamView, Rounding
 
 status = "experimental"
 
 
-class Config(MethodConfig):
+class Config(GradientConfig):
     """Options of SGD."""
 
     lr: float = Field(1e-3, gt=0, description="learning rate")

@@ -23,8 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from smidgen.activations._compressed import Compressed, add_outer_
-from smidgen.optim._gradients import CompressedUpdate, GradientOptimizer, adamw_, adamw_bytes
-from smidgen.optim._optimizer import MethodConfig
+from smidgen.optim._gradients import CompressedUpdate, GradientConfig, GradientOptimizer, adamw_, adamw_bytes
 from smidgen.params import ParamView, Rounding
 
 status = "experimental"
@@ -32,7 +31,7 @@ status = "experimental"
 SUGGESTED: dict[str, dict[str, Any]] = {"full": {"lr": 1e-4}, "lora": {"lr": 1e-3}}  # adamw's
 
 
-class Config(MethodConfig):
+class Config(GradientConfig):
     """Options of compressed AdamW; defaults are torch's AdamW's, except the learning rate."""
 
     lr: float = Field(5e-5, gt=0, description="learning rate; as in adamw")
