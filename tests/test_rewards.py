@@ -17,10 +17,11 @@ from smidgen.data import Corpus
 from smidgen.directions import Dense
 from smidgen.evaluate import evaluation
 from smidgen.goal import choose_goal, prepare
-from smidgen.objective import Recorded, Reduced, Replayed
+from smidgen.objective import Recorded, Replayed
 from smidgen.optim.zo_sgd import ZOSGD
 from smidgen.params import ParamView
 from smidgen.probing import Engine
+from smidgen.ranks import Reduced
 from smidgen.rewards import RewardObjective
 from smidgen.tasks import Example
 from smidgen.tasks._labelled import accuracy as share
@@ -31,7 +32,7 @@ from test_scoring import EXAMPLES, small_tokenizer, story
 class Fake:
     """A task of given examples."""
 
-    name, source, words = "fake", "", None
+    name, source, words, judged = "fake", "", None, True
 
     def __init__(self, examples, choice=True, free=False):
         self.given, self.choice, self.free = examples, choice, free
@@ -199,7 +200,7 @@ def test_the_inputs_of_layers_are_counted_whatever_the_measure():
     for goal, examples in (("f1", asked(3)), ("accuracy", EXAMPLES)):
         prepared = goal_of(goal, examples, tokenizer, "causal", position_ids=False)
         found = in_batches(prepared, engine).input_squares([name])[name]
-        rows = prepared.rows.encoded if goal == "f1" else prepared.rows.options
+        rows = prepared.rows.prompts.encoded if goal == "f1" else prepared.rows.options
         tokens = [torch.tensor([row["input_ids"]]) for row in rows]
         taken.clear()
         hook = engine.model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(

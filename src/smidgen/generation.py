@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from smidgen.batched import BatchedEngine
 from smidgen.collate import Collator
 from smidgen.directions import Probe
 from smidgen.drafts import IGNORED
@@ -32,16 +33,42 @@ class Answerer:
 
     def __call__(self, engine: Engine, batch: Batch, probe: Probe = ()) -> list[str]:
         """Answers of one batch of prompts (input_ids, attention_mask). Counted as one forward, whatever its length."""
+        prompts = self._prompts(engine, batch)
+        return self._texts(engine.call(self._generating(engine.model, prompts), probe), prompts)
+
+    def together(self, engine: Engine, batch: Batch, probes: Sequence[Probe]) -> list[list[str]]:
+        """Answers at theta + each probe, [P][B]. An engine that sees several probes at once (`smidgen.batched`) continues the
+        prompts of as many of them as its memory allows in one call of `generate`; else one probe at a time."""
+        prompts = self._prompts(engine, batch)
+        rows, width = prompts["input_ids"].shape
+
+        def answer(many: Batch) -> list[str]:
+            given = {key: many[key] for key in prompts}
+            return self._texts(self._generating(engine.model, given)(), given)
+
+        found = None
+        if isinstance(engine, BatchedEngine):
+            longer = (width + self.max_new_tokens) / width
+            found = engine.call_together(answer, with_labels(prompts), probes, longer=longer)
+        if found is None:
+            return [self(engine, batch, probe) for probe in probes]
+        texts = [text for part in found for text in part]
+        return [texts[first : first + rows] for first in range(0, len(texts), rows)]
+
+    def _prompts(self, engine: Engine, batch: Batch) -> Batch:
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
         if not self._prepared:
             engine.prepare(with_labels(prompts))
             self._prepared = True
-        model: Any = engine.model
+        return prompts
+
+    def _generating(self, model: Any, prompts: Batch) -> Any:
+        """A call of the model's `generate` on prompts."""
         own = model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         if not self.whole_text:
             ends |= set(self._line_ends)
-        generate = functools.partial(
+        return functools.partial(
             model.generate,
             **prompts,
             max_new_tokens=self.max_new_tokens,
@@ -50,7 +77,8 @@ class Answerer:
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=sorted(end for end in ends if end is not None) or None,
         )
-        out = engine.call(generate, probe)
+
+    def _texts(self, out: Any, prompts: Batch) -> list[str]:
         if self.kind == "causal":
             out = out[:, prompts["input_ids"].shape[1] :]
         texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
@@ -69,7 +97,8 @@ def with_labels(batch: Batch) -> Batch:
     """A batch of prompts whose every token carries loss, for what wants a batch with labels; any other as it is."""
     if "labels" in batch:
         return batch
-    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
+    inputs: Batch = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    return {**inputs, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
 
 
 def answer_all(engine: Engine, answerer: Answerer, prompts: Prompts | Encoded, batch_size: int, probe: Probe = ()) -> list[str]:

@@ -1,0 +1,59 @@
+"""What a run reports while it goes: metrics.jsonl, and one line a log step on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from smidgen import folder as folders
+from smidgen import memory
+from smidgen.signals import Signals
+
+Say = Callable[[str], None]
+
+
+class Progress(transformers.TrainerCallback):
+    """metrics.jsonl and one console line a log step; ends the run when a signal came."""
+
+    def __init__(self, folder: Path, signals: Signals, backward: bool, say: Say):
+        self.folder, self.signals, self.backward, self.say = folder, signals, backward, say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folders.rewind_metrics(self.folder, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = {k: v for k, v in (logs or {}).items() if k != "total_flos"}
+        if "loss" in logs:
+            logs["mem/peak_mb"] = round(memory.peak() / 2**20, 1)
+        folders.append_metrics(self.folder, {"step": state.global_step, **logs})
+        if "loss" in logs or any(k.startswith("eval_") for k in logs):
+            self.say(f"step {state.global_step}/{state.max_steps}  " + line(logs))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.signals.received and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            control.should_evaluate = control.should_log = False
+            control.should_save = self.backward
+
+
+def line(logs: dict[str, Any]) -> str:
+    """The measures of a log step that fit on a line."""
+    measures = ("loss", *(f"eval_{name}" for name in ("loss", "reward", "accuracy", "f1", "exact_match")))
+    shown = (*measures, "learning_rate", "grad_norm", "zo/projected_grad")
+    return "  ".join(f"{k} {logs[k]:.4g}" for k in shown if isinstance(logs.get(k), (int, float)))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The lines that end a run."""
+    metric = result["metric"]
+    lines = [
+        f"{metric}: {result['before'][metric]:.4f} -> {result['dev'][metric]:.4f} on the dev split"
+        + (f", {result['test'][metric]:.4f} on the test split" if "test" in result else ""),
+        f"{result['steps']} steps, {result['forwards']} forwards, {result['backwards']} backwards, {result['seconds']:.1f} s, "
+        f"peak memory {result['peak_bytes'] / 2**20:.0f} MiB",
+        f"written to {result['output']}",
+    ]
+    return "\n".join(lines)
