@@ -63,8 +63,25 @@ def test_the_textbook_step_is_mezos():
     assert max(ratios) - min(ratios) < 1e-6 and abs(ratios[0]) < 1e-3
 
 
+@pytest.mark.parametrize("side", ["lozo", "qlora"])
+def test_quantised_llamas_are_tuned_in_place_of_nothing(side):
+    """The codes stay as they are, and the loss is that of another model after a step."""
+    pytest.importorskip("bitsandbytes")
+    import _quantised
+    import eight_gb
+    from smidgen.provenance import base_sha256
+
+    model = _quantised.llama("tiny")
+    data, held = _models.batch(model, 2, 8), base_sha256(model)
+    step, optimizer = eight_gb.SIDES[side](model)
+    with torch.enable_grad():
+        step(data), step(data)
+    moved = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.any()]
+    assert moved and (base_sha256(model) == held or side == "qlora")
+
+
 @pytest.mark.parametrize("side", ["velora", "lora_velora"])
 def test_sides_with_velora_are_measured_in_parts(side):
-    found = velora_step.measure(side, True, 2, 8)
+    found = velora_step.measure(side, "tiny", 2, 8)
     assert set(found) == {"peak", "gradient", "state", "saved"} and min(found["gradient"], found["saved"]) > 0
     assert 2 * found["gradient"] < found["state"] < 2.1 * found["gradient"]  # two moments and a counter

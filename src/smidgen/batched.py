@@ -1,12 +1,13 @@
 """Many probes in one forward: P probes x B rows are evaluated as P * B rows with frozen weights.
 
 Theta is read only, and no layer's weight is displaced: what a probe adds to a layer's output is thin (`smidgen.population`).
-Any base that multiplies works, also a quantised one: its layers are called as they are.
+Any base that multiplies works, also a quantised one: its layers are called as they are. Examples may have probes of their
+own (`smidgen.per_example`). Layers below the first that a probe changes are run once, on B rows (`smidgen.reuse`).
 
 Agreement with the sequential engine, which forms W + A B^T: to float32 rounding of the sums (tests state the tolerance); in
-16 bits the thin products are more exact, since W + s z is never rounded. Memory: a forward of as many rows, plus the factors.
-Falls back to the sequential engine, with one line, where a tuned tensor is used in another way or rows of a batch see
-each other.
+16 bits the thin products are more exact, since W + s z is never rounded. Memory: a forward of as many rows, plus the factors;
+probes are split into as many forwards as keep an estimate of that under `memory`. Falls back to the sequential engine, with
+one line, where a tuned tensor is used in another way or rows of a batch see each other.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.directions import Probe, restrict
 from smidgen.kinds import Kind
-from smidgen.loss import NOT_INPUTS, Losses, choice_index, grouped, logits_nll, targets
-from smidgen.lowrank import Factored, is_matrix
-from smidgen.params import ParamView
+from smidgen.loss import NOT_INPUTS, Losses, choice_index, criterion_loss, grouped, targets
+from smidgen.lowrank import Factored, is_matrix, sides
+from smidgen.params import Entry, ParamView
+from smidgen.per_example import Span, examples_of, known, of_examples, owners, varies
 from smidgen.population import (
     NotBatchedError,
     Population,
@@ -39,7 +42,9 @@ from smidgen.reuse import Held
 
 log = logging.getLogger("smidgen")
 
-TOKENS = 1 << 14  # input tokens of one forward, above which the probes are split into several; chosen
+MEMORY = 1 << 30  # bytes of activations of one forward, above which the probes are split into several; chosen
+NARROW = 64  # a matrix whose smaller side is at most this may be displaced by dense noise in a batch; chosen
+_LIVE = 4  # tensors as wide as the widest layer that are alive at once in a forward without gradient; measured
 
 
 def unsupported(engine: Engine) -> str | None:
@@ -62,62 +67,139 @@ def unsupported(engine: Engine) -> str | None:
 class BatchedEngine(Engine):
     """An engine that evaluates probes with factors together. `together` means what `losses` means, for several probes."""
 
-    def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal", *, tokens: int = TOKENS):
+    def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal", *, memory: int = MEMORY):
         super().__init__(model, view, kind)
-        self.most_tokens = tokens
+        self.memory = memory
         self._reason: str | None = None  # why probes are evaluated one at a time
         self._compared = False
 
-    def together(self, batch: Batch, probes: Sequence[Probe], held: Held | None = None) -> list[Losses]:
+    def together(
+        self, batch: Batch, probes: Sequence[Probe], held: Held | None = None, span: Span | None = None
+    ) -> list[Losses]:
         """Losses of one micro-batch at theta + each probe. Cost: len(probes) forwards' worth of rows in few calls; probes
-        with dense directions, one forward each."""
-        if not any(probes) or not self._factored(probes):
-            return super().together(batch, probes, held)
+        with dense directions in wide matrices, one forward each."""
+        if not any(probes) or not self._thin(probes):
+            return super().together(batch, probes, held, span)
+        if varies(probes):
+            known(span)
         if not self._compared:
             self._compare(_few(batch), [probe for probe in probes if probe][:2])
         if self._reason is not None:
-            return super().together(batch, probes, held)
-        size = max(1, self.most_tokens // max(1, _tokens(batch)))
-        return [found for lo in range(0, len(probes), size) for found in self._at_once(batch, probes[lo : lo + size])]
+            return super().together(batch, probes, held, span)
+        size = max(1, self.memory // self.bytes_of(batch, probes))
+        parts = [probes[lo : lo + size] for lo in range(0, len(probes), size)]
+        return [found for part in parts for found in self._reusing(batch, part, held, span)]
 
-    def _factored(self, probes: Sequence[Probe]) -> bool:
-        """Whether every matrix that the probes displace has factors."""
-        terms = [(z, entry) for probe in probes for entry in self.view for z, _ in restrict(probe, entry.name)]
-        return all(isinstance(z, Factored) and (z.has_factors(e.name) or not is_matrix(e.tensor.shape)) for z, e in terms)
+    def call_together(
+        self, run: Callable[[Batch], Any], batch: Batch, probes: Sequence[Probe], *, longer: float = 1.0
+    ) -> list[Any] | None:
+        """What `run` makes of the batch repeated for each probe, in as few calls as memory allows; any calls of the model that
+        it makes with these rows, such as `generate`, see each probe's weights. None where probes are evaluated one at a time.
 
-    def _at_once(self, batch: Batch, probes: Sequence[Probe]) -> list[Losses]:
-        people = Population(probes)
-        many = repeated(batch, len(people))
-        rows = batch["labels"].shape[0]
-        with self._evaluating(), self._seen_by(people, len(people) * rows):
-            if self.kind == "classification":
-                nll = logits_nll(self._forward(many).logits, many["labels"].view(-1))
+        longer: how many times the batch's tokens a row grows to. Counts a forward a probe.
+        """
+        if not any(probes) or not self._thin(probes) or varies(probes):
+            return None
+        if not self._compared:
+            self._compare(_few(batch), [probe for probe in probes if probe][:2])
+        if self._reason is not None:
+            return None
+        size, rows, found = max(1, int(self.memory / longer) // self.bytes_of(batch, probes)), batch["labels"].shape[0], []
+        for lo in range(0, len(probes), size):
+            people = Population(probes[lo : lo + size])
+            with self._evaluating(), self._seen_by(people, len(people) * rows, head=True):
+                found.append(run(repeated(batch, len(people))))
+        self.forwards += len(probes)
+        return found
+
+    def bytes_of(self, batch: Batch, probes: Sequence[Probe]) -> int:
+        """Estimate of what a probe adds to the memory of a forward: activations of its rows, logits, dense noise."""
+        size = next((p.element_size() for p in self.model.parameters() if p.is_floating_point()), 4)
+        total = _tokens(batch) * _LIVE * _widest(self.model, self.head) * size
+        if self.own_head:
+            total += int((batch["labels"] >= 0).sum()) * _vocabulary(self.head) * 4
+        dense = [e.tensor.numel() for e in self.view if is_matrix(e.tensor.shape) and not _factored(probes, e)]
+        return total + 4 * max(dense, default=0) * (examples_of(batch) if varies(probes) else 1)
+
+    def _thin(self, probes: Sequence[Probe]) -> bool:
+        """Whether every matrix that the probes displace has factors, or is narrow."""
+        return all(_factored(probes, e) or min(sides(e.tensor.shape)) <= NARROW for e in self.view if is_matrix(e.tensor.shape))
+
+    def _reusing(self, batch: Batch, probes: Sequence[Probe], held: Held | None, span: Span | None) -> list[Losses]:
+        """`_at_once`, with the layers below the probes run on one copy of the rows."""
+        run = functools.partial(self._at_once, batch, probes, span)
+        if held is None:
+            return run()
+        self._locate(batch)
+        start = self.reuse.start(probes)
+        if not start:
+            return run()
+        base = functools.partial(self._uncounted, functools.partial(self._evaluate, batch, ()))
+
+        def above() -> list[Losses]:
+            with self.reuse.beginning(held, start, len(probes), base):
+                return run()
+
+        def equal() -> bool:
+            return self._gap(self._uncounted(above), self._uncounted(run)) <= _tolerance(self.model)
+
+        return above() if self.reuse.shared(start, equal) else run()
+
+    @staticmethod
+    def _gap(some: Sequence[Losses], others: Sequence[Losses]) -> float:
+        """Largest difference of a loss; what is NaN on both sides is equal."""
+        pairs = [(a.nll.nan_to_num(), b.nll.nan_to_num()) for a, b in zip(some, others, strict=True)]
+        return max(float((a - b).abs().max()) for a, b in pairs)
+
+    def _at_once(self, batch: Batch, probes: Sequence[Probe], span: Span | None = None) -> list[Losses]:
+        count, rows = len(probes), batch["labels"].shape[0]
+        many = repeated(batch, count)
+        apart = varies(probes)
+        if apart:
+            examples = examples_of(batch)
+            mine = owners(batch).tolist()
+            resolved = _resolved(probes, known(span), examples)
+            people = Population([each[n] for each in resolved for n in mine])
+        else:
+            people = Population(probes)
+        labels = None if self.kind == "classification" else targets(many["labels"], self.kind)
+        of = labels.rows if apart and labels is not None else None
+        with self._evaluating(), self._seen_by(people, count * rows, of):
+            if labels is None:
+                nll = criterion_loss(self._forward(many).logits, many["labels"].view(-1), batch)
                 where = torch.arange(rows, device=nll.device)
             else:
-                labels = targets(many["labels"], self.kind)
                 hidden, logits = self._hidden(many, labels)
-                nll = self._population_nll(hidden, logits, labels.tokens, batch.get("choices"), people)
+                nll = self._population_nll(hidden, logits, labels.tokens, batch, people, of)
                 where = targets(batch["labels"], self.kind).rows
-        self.forwards += len(people) - 1  # the call above counted one
-        return [grouped(Losses(part, where, rows), batch) for part in nll.view(len(people), -1)]
+        self.forwards += count - 1  # the call above counted one
+        return [grouped(Losses(part, where, rows), batch) for part in nll.view(count, -1)]
 
     def _population_nll(
-        self, hidden: Tensor, logits: Tensor | None, tokens: Tensor, choices: Tensor | None, people: Population
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        tokens: Tensor,
+        batch: Batch,
+        people: Population,
+        of: Tensor | None,
     ) -> Tensor:
+        choices = batch.get("choices")
         if logits is None:
             assert isinstance(self.head, nn.Linear)
-            head = PopulationHead(self.head, self.entry_of, people)
+            head = PopulationHead(self.head, self.entry_of, people, of)
             if choices is None:
                 return head.nll(hidden, tokens)
             logits = head.logits(hidden, choices)
         elif choices is not None:  # the model's own head was displaced as a linear layer
             logits = logits[:, choices]
-        return logits_nll(logits, tokens if choices is None else choice_index(tokens, choices))
+        return criterion_loss(logits, tokens if choices is None else choice_index(tokens, choices), batch)
 
     @contextlib.contextmanager
-    def _seen_by(self, people: Population, rows: int) -> Iterator[None]:
-        """Inside this context a forward of P * B rows sees each probe's weights. Theta is never written."""
-        skipped = None if self.own_head else self.head
+    def _seen_by(self, people: Population, rows: int, of: Tensor | None = None, *, head: bool = False) -> Iterator[None]:
+        """Inside this context a forward of P * B rows sees each probe's weights; `head`: the output head's too. Theta is never
+        written. `of`: the row of each label, where rows have probes of their own."""
+        skipped = None if self.own_head or head else self.head
         undo = contextlib.ExitStack()
         with undo:
             for reader in self.readers:
@@ -125,7 +207,9 @@ class BatchedEngine(Engine):
                 tensors = {a: e for e, _, a in reader.tensors if people.touches(e.name)}
                 if module is None or module is skipped or not tensors:
                     continue
-                if linear_like(module):
+                if module is self.head and of is not None:  # it is given the hidden states of labels, not of rows
+                    undo.callback(module.register_forward_hook(functools.partial(self._own_head, people, of)).remove)
+                elif linear_like(module):
                     undo.callback(module.register_forward_hook(functools.partial(after_linear, people, tensors)).remove)
                 elif isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
                     undo.callback(module.__dict__.pop, "forward", None)
@@ -140,6 +224,9 @@ class BatchedEngine(Engine):
                     undo.callback(module.register_forward_hook(leave).remove)
             yield
 
+    def _own_head(self, people: Population, of: Tensor, module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return PopulationHead(module, self.entry_of, people, of).logits(args[0][0], slice(None))[None].to(out.dtype)
+
     def _compare(self, few: Batch, probes: Sequence[Probe]) -> None:
         """Evaluate two probes on a few rows both ways; a difference or an error means one at a time from now on.
 
@@ -147,7 +234,7 @@ class BatchedEngine(Engine):
         that is not displaced at all.
         """
         self._compared = True
-        counts = self.forwards, self.tokens
+        counts, span = (self.forwards, self.tokens), Span(0, examples_of(few))
         try:
             base = self.losses(few).nll  # also finds the readers
             self._reason = unsupported(self)
@@ -156,10 +243,10 @@ class BatchedEngine(Engine):
             tolerance = _tolerance(self.model)
             for longer in (1.0, 10.0, 100.0, 1000.0):
                 tried = [[(z, longer * scale) for z, scale in probe] for probe in probes]
-                slow = [self.losses(few, probe).nll for probe in tried]
+                slow = [found.nll for found in Engine.together(self, few, tried, None, span)]
                 if all(float((nll - base).abs().max()) > 50 * tolerance for nll in slow):
                     break
-            fast = [found.nll for found in self._at_once(few, tried)]
+            fast = [found.nll for found in self._at_once(few, tried, span)]
             gap = max(float((a - b).abs().max()) for a, b in zip(slow, fast, strict=True))
             if not gap <= tolerance * max(1.0, *(float(nll.abs().max()) for nll in slow)):
                 self._reason = f"losses differ by {gap:.2g} from one probe at a time: rows of a batch may see each other"
@@ -183,6 +270,39 @@ def repeated(batch: Batch, times: int) -> Batch:
         k: v.repeat(times, *[1] * (v.ndim - 1)) if k == "labels" or (isinstance(v, Tensor) and k not in NOT_INPUTS) else v
         for k, v in batch.items()
     }
+
+
+def _resolved(probes: Sequence[Probe], span: Span, examples: int) -> list[list[Probe]]:
+    """The probe of each example, for each probe; mirrored probes get the same objects, which are drawn once."""
+    known: dict[int, list[Any]] = {}
+    for probe in probes:
+        for z, _ in probe:
+            if id(z) not in known:
+                known[id(z)] = [terms[0][0] for terms in of_examples([(z, 1.0)], span, examples)]
+    return [[[(known[id(z)][n], s) for z, s in probe] for n in range(examples)] for probe in probes]
+
+
+def _factored(probes: Sequence[Probe], entry: Entry) -> bool:
+    """Whether a matrix is displaced by products of factors alone, or not at all."""
+    for probe in probes:
+        for z, _ in restrict(probe, entry.name):
+            z = getattr(z, "one", z)
+            if not (isinstance(z, Factored) and z.has_factors(entry.name)):
+                return False
+    return True
+
+
+def _widest(model: nn.Module, head: nn.Module | None) -> int:
+    """Largest side of a linear layer but the head."""
+    return max((max(_ends(m)) for m in model.modules() if linear_like(m) and m is not head), default=1)
+
+
+def _ends(module: Any) -> tuple[int, int]:
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else tuple(module.weight.shape)  # type: ignore[return-value]
+
+
+def _vocabulary(head: Any) -> int:
+    return head.weight.shape[0]
 
 
 def _tokens(batch: Batch) -> int:

@@ -19,6 +19,9 @@ _AUTO = {
 
 def _loading(config: RunConfig, kind: str, output: str) -> tuple[str, str]:
     """The library that loads a run's result, and the lines that do."""
+    if not adapt.get(config.scheme).EXPORTS:
+        lines = ["from smidgen.inference import open_folder", "", f'loaded, config = open_folder("{output}")']
+        return "smidgen", "\n".join(["```python", *lines, "model, tokenizer = loaded.adapted.model, loaded.tokenizer", "```"])
     plain, adapter = "Auto" + _AUTO[kind], "AutoPeft" + _AUTO[kind]
     if "adapter" not in adapt.get(config.scheme).EXPORTS:
         first = "" if config.scheme == "full" else f"```sh\nsmidgen export {output} --to MODEL --format merged\n```\n\n"
@@ -38,13 +41,14 @@ def model_card(config: RunConfig, result: dict[str, Any]) -> str:
     before, after = result["before"], result["dev"]
     figures = "\n".join(f"| {k} | {before[k]:.4f} | {after[k]:.4f} |" for k in before if k in after)
     base = "smidgen's embedded model" if config.model == "embedded" else config.model
+    how = f"tuned by {config.method} ({config.scheme})" if result["steps"] else f"fitted ({config.scheme})"
     front = "" if Path(config.model).is_dir() or config.model == "embedded" else f"base_model: {config.model}\n"
     return f"""---
 {front}library_name: {library}
 tags: [smidgen, {config.method}, {config.scheme}]
 ---
 
-# {base}, tuned by {config.method} ({config.scheme})
+# {base}, {how}
 
 {code}
 

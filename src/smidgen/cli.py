@@ -13,6 +13,8 @@ import typer
 from smidgen import __version__
 from smidgen.config import ConfigError, UserError, options
 from smidgen.config_file import load
+from smidgen.plan_command import plan
+from smidgen.tables import table
 
 app = typer.Typer(
     name="smidgen",
@@ -72,6 +74,7 @@ def train(
     preset: _text("preset") = None,  # type: ignore[valid-type]
     scheme: _text("scheme") = None,  # type: ignore[valid-type]
     objective: _text("objective") = None,  # type: ignore[valid-type]
+    reward: _text("reward") = None,  # type: ignore[valid-type]
     steps: _number("train.max_steps", "--steps") = None,  # type: ignore[valid-type]
     lr: _real("train.learning_rate", "--lr") = None,  # type: ignore[valid-type]
     batch: _number("train.per_device_train_batch_size", "--batch") = None,  # type: ignore[valid-type]
@@ -81,6 +84,7 @@ def train(
     dev_rows: _number("dev_rows") = None,  # type: ignore[valid-type]
     kind: _text("kind") = None,  # type: ignore[valid-type]
     dtype: _text("dtype") = None,  # type: ignore[valid-type]
+    quantise: _text("quantise") = None,  # type: ignore[valid-type]
     seed: _number("seed") = None,  # type: ignore[valid-type]
     threads: _number("threads") = None,  # type: ignore[valid-type]
     output: _text("output", "--output", "-o") = None,  # type: ignore[valid-type]
@@ -104,6 +108,7 @@ def train(
     for name in ("resume", "force", "trust_remote_code"):
         given[name] = given[name] or None
     config = load(path, overrides, given)
+    from smidgen.progress import summary
     from smidgen.run import finetune
 
     result = finetune(config, dry_run=dry_run, say=(lambda line: print(line, file=sys.stderr, flush=True)) if as_json else _say)
@@ -113,23 +118,11 @@ def train(
         print(result["config"], end="")
         print(f"# dry run: {result['rows']} rows, nothing was trained; the run would be written to {result['output']}")
     else:
-        print(_summary(result))
+        print(summary(result))
 
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _summary(result: dict[str, Any]) -> str:
-    metric = result["metric"]
-    lines = [
-        f"{metric}: {result['before'][metric]:.4f} -> {result['dev'][metric]:.4f} on the dev split"
-        + (f", {result['test'][metric]:.4f} on the test split" if "test" in result else ""),
-        f"{result['steps']} steps, {result['forwards']} forwards, {result['backwards']} backwards, {result['seconds']:.1f} s, "
-        f"peak memory {result['peak_bytes'] / 2**20:.0f} MiB",
-        f"written to {result['output']}",
-    ]
-    return "\n".join(lines)
 
 
 @app.command("eval")
@@ -139,15 +132,30 @@ def evaluate(
     data: _text("data", "--data", "-d") = None,  # type: ignore[valid-type]
     split: Annotated[str, typer.Option(help="train, dev or test")] = "dev",
     batch: _number("train.per_device_eval_batch_size", "--batch") = None,  # type: ignore[valid-type]
+    reward: _text("reward") = None,  # type: ignore[valid-type]
     exact_match: Annotated[
         bool, typer.Option("--exact-match", help="generate answers and compare them with the given ones")
     ] = False,
+    lm_eval: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="tasks of lm_eval, a,b; with --data local mmlu, gsm8k, bbh, humaneval or tydiqa", show_default=False),
+    ] = None,
+    shots: Annotated[Optional[int], typer.Option(min=0, help="of --lm-eval: examples shown; none: the task's")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(min=1, help="of --lm-eval: questions of each task")] = None,  # noqa: UP045
+    run_code: Annotated[bool, typer.Option("--run-code", help="of --lm-eval: execute programs that the model writes")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="of --lm-eval: ask in the model's chat template")] = False,
     as_json: Json = False,
 ) -> None:
-    """Loss and accuracy of a run, or of any model, on a split."""
+    """Loss and accuracy of a run, or of any model, on a split; or its measures under lm_eval."""
+    if lm_eval is not None:
+        from smidgen.harness import harness
+
+        names = lm_eval.split(",")
+        _print(harness(run, names, data=data, shots=shots, limit=limit, batch_size=batch, run_code=run_code, chat=chat))
+        return
     from smidgen.inference import evaluate_folder
 
-    found = evaluate_folder(run, task=task, data=data, split=split, batch_size=batch, match=exact_match)
+    found = evaluate_folder(run, task=task, data=data, split=split, batch_size=batch, match=exact_match, reward=reward)
     _print(found) if as_json else print(
         "\n".join(f"{k}: {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in found.items())
     )
@@ -197,12 +205,13 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
     to: Annotated[Path, typer.Option("--to", help="where the export is written")],
     form: Annotated[str, typer.Option("--format", help="adapter, merged, peft-lora, peft-supertuning, peft-shira")] = "merged",
+    base: Annotated[Optional[str], typer.Option(help="merged, of a run over a quantised base: the model unquantised")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
     """Write a tuned model for stock transformers or PEFT, load it in a fresh process and compare its logits."""
     from smidgen.export import export as write
 
-    result = write(run, to, form)
+    result = write(run, to, form, base)
     difference = f"largest logit difference {result['max_difference']:.3g}"
     _print(result) if as_json else print(f"{form} written to {to}; reloaded by {result['loader']}: {difference}")
 
@@ -239,10 +248,10 @@ def methods(
             _print(listed)
             return
         rows = [(p["name"], *(f"{p['options'].get(k, '-')}" for k in ("lr", "eps")), p["source"]) for p in listed]
-        _table(("preset", "lr", "eps", "source"), rows)
+        table(("preset", "lr", "eps", "source"), rows)
     elif name is None:
         found: Any = list_methods()
-        _print(found) if as_json else _table(
+        _print(found) if as_json else table(
             ("method", "status", "what it is"), [(m["name"], m["status"], m["title"]) for m in found]
         )
     else:
@@ -251,7 +260,7 @@ def methods(
             _print(one)
             return
         print(one["text"] + "\n")
-        _table(("option", "default", "meaning"), [(o["name"], str(o["default"]), o["description"]) for o in one["options"]])
+        table(("option", "default", "meaning"), [(o["name"], str(o["default"]), o["description"]) for o in one["options"]])
         for preset, values in one["presets"].items():
             print(f"preset {preset}: " + ", ".join(f"{k}={v}" for k, v in values.items()))
         if one["published"]:
@@ -271,10 +280,10 @@ def list_tasks(
     if as_json:
         _print(found)
     elif name is None:
-        _table(("task", "what it is"), [(t["name"], t["title"]) for t in found])
+        table(("task", "what it is"), [(t["name"], t["title"]) for t in found])
     else:
         print(found["text"], "", *(f"prompt of a {k} model: {p!r}" for k, p in found["prompts"].items()), sep="\n")
-        _table(("option", "default", "meaning"), [(o["name"], str(o["default"]), o["description"]) for o in found["options"]])
+        table(("option", "default", "meaning"), [(o["name"], str(o["default"]), o["description"]) for o in found["options"]])
         if found["sizes"]:
             print("benchmark_split: {} rows to train on, {} dev rows, {} test rows".format(*found["sizes"]))
 
@@ -342,27 +351,13 @@ def demo(
         _print(found)
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A plain table; the last column wraps on a terminal."""
-    if not sys.stdout.isatty():
-        for cells in rows:
-            print("\t".join(cells))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in heads:
-        table.add_column(head, no_wrap=head != heads[-1])
-    for cells in rows:
-        table.add_row(*cells)
-    Console().print(table)
-
-
 def _version(value: bool) -> None:
     if value:
         print(f"smidgen {__version__}")
         raise typer.Exit
+
+
+app.command()(plan)
 
 
 @app.callback()

@@ -170,6 +170,9 @@ class RunConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the weights; auto: float32 on a CPU, the checkpoint's elsewhere"
     )
+    quantise: Literal["nf4", "int8"] | None = Field(
+        None, description="hold the linear layers in 4 or 8 bits, never written; scheme full then saves a LoRA adapter"
+    )
     kind: Literal["auto", "causal", "masked", "classification", "seq2seq"] = Field(
         "auto", description="what the model predicts; auto: from its architecture and the data"
     )
@@ -187,8 +190,12 @@ class RunConfig(BaseModel):
     )
     words: list[str] | None = Field(None, min_length=2, description="label words; word i stands for integer label i")
     task_args: dict[str, Any] = Field({}, description="further options of the task (see `smidgen tasks NAME`)")
-    chat: Literal["none", "model", "vicuna"] = Field(
-        "none", description="put a task's prompts into the model's chat template, or into Vicuna's, as the user's turn"
+    chat: Literal["none", "model", "vicuna", "tulu"] = Field(
+        "none",
+        description="form of conversation for prompts: the model's, Vicuna's or Tulu's; rows of turns always have one",
+    )
+    packing: bool = Field(
+        False, description="put several training rows into one of max_length tokens; they do not see each other"
     )
     benchmark_split: bool = Field(
         False, description="the task's published numbers of rows: dev drawn from training rows by seed, validation is the test"
@@ -201,22 +208,35 @@ class RunConfig(BaseModel):
     dev_rows: int | None = Field(None, ge=1, description="rows of the dev split; none: all")
     test_rows: int | None = Field(None, ge=1, description="rows of the test split; none: all")
 
-    method: str = Field("zo_sgd", description="optimiser (see `smidgen methods`)")
+    method: str = Field("zo_sgd", description="optimiser (see `smidgen methods`); auto: forward-only, chosen for the scheme")
     preset: str | None = Field(
         None, description="a named set of the method's options, or published settings (see `smidgen methods --presets`)"
     )
     method_args: dict[str, Any] = Field({}, description="options of the method (see `smidgen methods NAME`)")
     scheme: str = Field("full", description="what is tuned: full, lora, ...")
     scheme_args: dict[str, Any] = Field({}, description="options of the scheme")
+    head_start: Literal["model", "readout"] = Field(
+        "model",
+        description="where a classification head, or the label words' rows of an output head, starts: as the model has it, or "
+        "fitted to training rows in closed form (readout)",
+    )
     activations: str | None = Field(
         None, description="what back-propagation keeps of the forward: velora; none: what torch keeps"
     )
     activations_args: dict[str, Any] = Field({}, description="options of activations")
 
-    objective: Literal["auto", "answer", "choice", "accuracy", "f1", "exact_match"] = Field(
+    objective: Literal["auto", "answer", "choice", "hinge", "accuracy", "f1", "exact_match"] = Field(
         "auto",
-        description="what a step minimises: an answer's loss, that of choosing it, or minus a metric; auto: the task's",
+        description="what a step minimises: an answer's loss, that of choosing it (softmax or hinge), or minus a metric; auto: "
+        "the task's",
     )
+    reward: str | None = Field(
+        None, description="what a step maximises: module:function of (prompt, text, answers), from this folder or installed"
+    )
+    base_penalty: float = Field(
+        0.0, ge=0, description="what a reward loses for each nat a token by which the base model's own answers get less likely"
+    )
+    max_new_tokens: int = Field(50, ge=1, description="tokens of an answer that is generated to be measured")
     scoring: Literal["mean", "sum"] = Field(
         "mean", description="how options of several tokens compare: by the mean or the sum of their log-likelihoods"
     )

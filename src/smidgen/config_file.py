@@ -88,6 +88,8 @@ def load(
     given: _Layer = {}
     for key, value in (flags or {}).items():
         if value is not None:
+            if key in ("data", "eval_data") and isinstance(value, str) and value.startswith("["):  # a weighted list
+                value = parse_value(value)
             given |= _flatten(_key_path(key), value, f"--{key.replace('_', '-')}")
     typed: _Layer = {}
     for text in overrides:
@@ -222,7 +224,7 @@ def _validate(layer: _Layer) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines: dict[_KeyPath, str] = {}
-        for problem in error.errors():
+        for problem in sorted(error.errors(), key=lambda problem: "weight" not in problem["loc"]):
             where = tuple(part for part in problem["loc"] if isinstance(part, str))
             while where not in layer and len(where) > 1:
                 where = where[:-1]
@@ -232,6 +234,8 @@ def _validate(layer: _Layer) -> RunConfig:
 
 def _complaint(where: _KeyPath, problem: Any, value: Any, place: str) -> str:
     key = ".".join(where)
+    if "weight" in problem["loc"]:
+        return f"{place}: {key} = {_show(value)}: a weight is above 0: leave out a source that is not wanted"
     model: type[BaseModel] = TrainConfig if where[0] == "train" and len(where) > 1 else RunConfig
     field = model.model_fields[where[1] if model is TrainConfig else where[0]]
     bounds = {"greater_than_equal": "at least {ge}", "greater_than": "above {gt}", "less_than": "below {lt}"}

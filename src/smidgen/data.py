@@ -1,7 +1,7 @@
 """Data: what a run reads. A task, or rows that are recognised by their columns, become examples.
 
 Labelled rows (columns text and label, or a template) are a task's; rows of every other accepted column set have
-free-text answers. Does not do: images, tool schemas, packing of several rows into one.
+free-text answers. Does not do: images, tool schemas.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from smidgen.chat import Chat, as_turn
 from smidgen.config import ConfigError, DataError, RunConfig, Source, nearest, notice
 from smidgen.rows import canonical_split
 from smidgen.splits import Splits, take
-from smidgen.tasks import Example, Row, Task
+from smidgen.tasks import Example, Pair, Row, Task
+from smidgen.tasks._conversation import continued, text_of, turns_of
 
 __all__ = ["Corpus", "open_corpus", "to_examples"]
 
@@ -50,20 +51,26 @@ class Corpus:
         """Label words in class order; None where answers are free text, or each row has options of its own."""
         return self.task.words if self.task is not None else None
 
-    def examples(self, split: str, kind: str = "causal", tokenizer: Any = None) -> list[Example | Chat]:
+    @property
+    def beta(self) -> float | None:
+        """Of direct preference optimisation where rows are pairs; else None."""
+        return getattr(self.task, "beta", None)
+
+    def examples(self, split: str, kind: str = "causal", tokenizer: Any = None) -> list[Example | Chat | Pair]:
         """Examples of 'train', 'validation' (or 'dev') or 'test', as many as the run wants, asked as a kind is asked.
 
         tokenizer: the model's, needed for chat 'model'. Raises DataError, ConfigError.
         """
         split = canonical_split(split)
         if self.task is not None:
-            found: list[Example | Chat] = list(self.task.examples(split, kind))
+            found: list[Example | Chat | Pair] = list(self.task.examples(split, kind))
         else:
-            found, remarks = to_examples(self.rows(split))
+            read, remarks = to_examples(self.rows(split))
+            found = list(read)
             for line in remarks:
                 self.notify(f"{self.name}, {split}: {line}")
         found = take(found, self.limits.get(split), _content)
-        if self.chat == "none":
+        if self.chat == "none" or (self.task is not None and not self.task.judged):  # conversations carry no form
             return found
         if kind in ("masked", "classification"):
             raise ConfigError(f"chat {self.chat}: a {kind} model has no conversations: leave `chat` out")
@@ -73,7 +80,9 @@ class Corpus:
         return list(as_turn(plain, self.chat, tokenizer))
 
 
-def _content(example: Example | Chat) -> Any:
+def _content(example: Example | Chat | Pair) -> Any:
+    if isinstance(example, Pair):
+        return [list(example.chosen.messages), list(example.rejected.messages)]
     return list(example.messages) if isinstance(example, Chat) else [example.prompt, example.answer]
 
 
@@ -112,6 +121,8 @@ def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) ->
                 raise ConfigError(f"k_shot = {config.k_shot} counts rows of a class, and the rows of '{title}' have no classes")
             return Corpus(title, None, splits.rows, splits.has, limits, notify, config.chat)
     task = _build_task(name, chosen, title or None)
+    if not sources and not task.source:
+        raise ConfigError(f"the task '{name}' has no rows of its own: give --data FILE")
     splits.data = sources or [task.source]
     if config.benchmark_split:
         splits.sizes = _published(name, config)
@@ -191,9 +202,9 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 def _free(row: Row, remarks: Counter[str]) -> Example | Chat:
     columns = {column for column, value in row.items() if value is not None}
     if "messages" in columns:
-        return _chat(row["messages"], "role", "content", row.place)
+        return Chat(turns_of(row["messages"], row.place), row.place)
     if "conversations" in columns:
-        return _chat(row["conversations"], "from", "value", row.place)
+        return Chat(turns_of(row["conversations"], row.place, "from", "value"), row.place)
     if {"prompt", "chosen"} <= columns:
         remarks["preference data: trained on 'chosen', 'rejected' is not used"] += 1
         return _completion(row, "prompt", "chosen", remarks)
@@ -202,7 +213,7 @@ def _free(row: Row, remarks: Counter[str]) -> Example | Chat:
     if {"instruction", "output"} <= columns:
         return _instruction(row)
     if "text" in columns:
-        return Example(prompt="", answer=_text(row, "text"))
+        return Example(prompt="", answer=text_of(row, "text"))
     raise DataError(f"{row.place}: columns {', '.join(row)}: accepted are {_ACCEPTED}: {_rename(columns)}")
 
 
@@ -218,24 +229,10 @@ def _rename(columns: Iterable[str]) -> str:
     return f"rename {', '.join(found)}" if found else "rename the columns"
 
 
-def _text(row: Row, column: str) -> str:
-    value = row[column]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    raise DataError(f"{row.place}: '{column}' is {str(value)[:40]!r}: text is needed")
-
-
 def _completion(row: Row, first: str, second: str, remarks: Counter[str]) -> Example | Chat:
     if isinstance(row[first], list) or isinstance(row[second], list):  # trl's conversational form
-        turns = [
-            part if isinstance(part, list) else [{"role": role, "content": part}]
-            for part, role in ((row[first], "user"), (row[second], "assistant"))
-        ]
-        shared = turns[1][: len(turns[0])] == turns[0]
-        return _chat(turns[1] if shared else turns[0] + turns[1], "role", "content", row.place)
-    prompt, answer = _text(row, first), _text(row, second)
+        return Chat(continued(row, first, second), row.place)
+    prompt, answer = text_of(row, first), text_of(row, second)
     if prompt and answer and not prompt[-1].isspace() and not answer[0].isspace() and prompt[-1].isascii():
         remarks[f"'{first}' and '{second}' meet without a space and are joined as they are"] += 1
     bare = prompt.rstrip()
@@ -244,27 +241,11 @@ def _completion(row: Row, first: str, second: str, remarks: Counter[str]) -> Exa
 
 def _instruction(row: Row) -> Example:
     """The prompt of Stanford Alpaca, with and without input."""
-    instruction, context = _text(row, "instruction"), _text(row, "input") if row.get("input") else ""
+    instruction, context = text_of(row, "instruction"), text_of(row, "input") if row.get("input") else ""
     opening = "Below is an instruction that describes a task"
     if context:
         opening += ", paired with an input that provides further context"
     prompt = f"{opening}. Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
     if context:
         prompt += f"### Input:\n{context}\n\n"
-    return Example(prompt=prompt + "### Response:", answer="\n" + _text(row, "output"))
-
-
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-def _chat(turns: Any, role_key: str, text_key: str, place: str) -> Chat:
-    messages = []
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{place}: {str(turns)[:40]!r} is no conversation: a list of turns is needed")
-    for turn in turns:
-        if not isinstance(turn, dict) or role_key not in turn or not isinstance(turn.get(text_key), str):
-            raise DataError(f"{place}: turn {str(turn)[:60]!r}: it needs '{role_key}' and '{text_key}', both text")
-        role = turn[role_key]
-        rest = {key: value for key, value in turn.items() if key not in (role_key, text_key)}
-        messages.append({"role": _ROLES.get(role, role), "content": turn[text_key]} | rest)
-    return Chat(tuple(messages), place)
+    return Example(prompt=prompt + "### Response:", answer="\n" + text_of(row, "output"))

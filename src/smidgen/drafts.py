@@ -35,6 +35,7 @@ class Draft:
     option: int = 0
     target: list[int] | None = None  # decoder tokens of a seq2seq row
     spare: tuple[int, int] | None = None
+    cut: str = "left"  # the end that is lost where a row is too long, as of Chat
 
     @property
     def length(self) -> int:
@@ -145,7 +146,8 @@ def _causal_drafts(examples: Sequence[Example | Chat], tokenizer: Any) -> Drafts
         last = max(position for position, label in enumerate(labels) if label != IGNORED)
         spare = spare_tokens(example, places)
         start = [] if isinstance(example, Chat) else head
-        drafts.append(Draft(index, start, ids[: last + 1], labels[: last + 1], spare=spare))
+        cut = example.cut if isinstance(example, Chat) else "left"
+        drafts.append(Draft(index, start, ids[: last + 1], labels[: last + 1], spare=spare, cut=cut))
     notices = [f"{count} of {len(examples)} rows: {line}" for line, count in remarks.items()]
     choices = _choices(examples, tokenizer)
     if choices is not None:

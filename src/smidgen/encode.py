@@ -78,9 +78,10 @@ def encode(
     kind: 'causal', 'masked', 'seq2seq' (labels: token ids at the positions of input_ids, decoder tokens for seq2seq,
     -100 where no loss) or 'classification' (labels: class index). max_length None: `choose_max_length`.
     A row that is too long loses tokens at the left of its prompt, after the start token, never of its answer; a row that
-    names its passage loses tokens of that alone. An answer that is too long by itself is cut at the right; a text without
-    prompt is cut into blocks; a class row is cut as its tokenizer does. Raises DataError: nothing left to learn from, a
-    question that does not fit without its passage, a label word of several tokens for a masked model.
+    names its passage loses tokens of that alone; a conversation that is cut at the right loses its end. An answer that is
+    too long by itself is cut at the right; a text without prompt is cut into blocks; a class row is cut as its tokenizer
+    does. Raises DataError: nothing left to learn from, a question that does not fit without its passage, a label word of
+    several tokens for a masked model.
     """
     if not examples:
         raise DataError("no examples to encode: the data set is empty")
@@ -207,6 +208,10 @@ def _place(encoded: Encoded, draft: Draft, cut: Counter[str], reserve: int = 0) 
             cut["an answer longer than {limit} tokens, its right is cut"] += 1
         encoded._add(draft.index, draft.option, input_ids=draft.head + ids[-room:] + draft.foot, labels=draft.target[:limit])
         return
+    if draft.cut == "right" and len(ids) > room:
+        some = _add_labelled(encoded, draft, ids[:room], labels[:room])
+        cut["longer than {limit} tokens, " + ("the right is cut" if some else "without room for an answer, left out")] += 1
+        return
     core = draft.core
     if draft.spare is not None:
         ids, labels = _spared(draft, room, core + max(reserve, len(ids) - core), cut)
@@ -260,8 +265,9 @@ def _encode_classes(examples: Sequence[Example | Chat], tokenizer: Any, max_leng
             columns["token_type_ids"] = fitted["token_type_ids"][index]
         encoded._add(index, 0, **columns)
     cut = sum(len(ids) > encoded.max_length for ids in whole)
+    side = "left" if tokenizer.truncation_side == "left" else "end"
     if cut:
-        encoded.notices.append(f"{cut} of {len(rows)} rows: longer than {encoded.max_length} tokens, cut at the end")
+        encoded.notices.append(f"{cut} of {len(rows)} rows: longer than {encoded.max_length} tokens, cut at the {side}")
     return encoded
 
 

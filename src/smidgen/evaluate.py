@@ -19,15 +19,16 @@ from smidgen.directions import Probe
 from smidgen.encode import Encoded, encode
 from smidgen.generation import Answerer, answer_all
 from smidgen.loss import group_nll
+from smidgen.pairs import PairEvaluation, Pairs
 from smidgen.probing import Batch, Engine
-from smidgen.questions import Candidates, Prompts
+from smidgen.questions import MAX_NEW_TOKENS, Candidates, Prompts
 from smidgen.scoring import OptionScorer, best_of_groups, in_batches, on_device
 from smidgen.tasks._answers import measures
 from smidgen.tasks._example import Example
 
 Metric = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 
-HEADLINES = ("accuracy", "f1", "exact_match", "loss")  # the first that an evaluation has is the measure of a run
+HEADLINES = ("reward", "accuracy", "f1", "exact_match", "loss")  # the first that an evaluation has is the measure of a run
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Evaluation:
 
     rows: the encoded split; golds, rights: the right option of each example, and all that count as right, None for free
     text; options: where options have several tokens; metric: from predictions and golds; compared: the loss of such
-    options is that of choosing among them, else of the right one's tokens; answers: what is generated.
+    options is that of choosing among them, else of the right one's tokens; answers: what is generated; lossless: nothing else
+    is measured.
     """
 
     rows: Encoded
@@ -61,6 +63,7 @@ class Evaluation:
     options: OptionScorer | None = None
     compared: bool = False
     answers: Answers | None = None
+    lossless: bool = False
 
     def __call__(self, engine: Engine, probe: Probe = ()) -> dict[str, float]:
         """Loss (nats a label token, a row or an example), and the task's metrics.
@@ -68,7 +71,7 @@ class Evaluation:
         Cost: one forward of the split, or of its options; besides, where answers are generated, their prompts and one
         forward for each new token.
         """
-        found = self._measures(engine, probe)
+        found = {} if self.lossless else self._measures(engine, probe)
         if self.answers is not None:
             texts = self.answers.texts(engine, self.batch_size, probe)
             found |= self.answers.metric(texts, self.answers.prompts.answers)
@@ -143,13 +146,20 @@ def evaluation(
     scoring: str = "mean",
     compared: bool | None = None,
     generated: bool = False,
-) -> Evaluation:
-    """Encode a split for evaluation. Raises DataError as `smidgen.data` does.
+    new_tokens: int = MAX_NEW_TOKENS,
+    reward: Any = None,
+) -> Evaluation | PairEvaluation:
+    """Encode a split for evaluation; of pairs, before their reference is known. Raises DataError as `smidgen.data` does.
 
     compared: see Evaluation, None: as the task trains; generated: answers are generated although the task is not one of
-    free answers.
+    free answers; reward: a `rewards.Reward` of the answers; such rows need no answer of their own.
     """
-    examples = corpus.examples(split, kind, tokenizer)
+    examples: Sequence[Any] = corpus.examples(split, kind, tokenizer)
+    if corpus.beta is not None:
+        pairs = Pairs(examples, tokenizer, kind, max_length, beta=corpus.beta, context=context)
+        return PairEvaluation(pairs, Collator(tokenizer.pad_token_id, kind, position_ids=position_ids), batch_size)
+    if reward is not None:
+        return _rewarded(examples, tokenizer, kind, max_length, context, batch_size, new_tokens, reward)
     rows = encode(examples, tokenizer, kind, max_length, context=context)
     task = corpus.task
     found = Evaluation(rows, Collator(tokenizer.pad_token_id, kind, rows.choices, position_ids, scoring), batch_size)
@@ -157,10 +167,10 @@ def evaluation(
     if free or generated:
         if kind not in ("causal", "seq2seq"):
             raise ConfigError(f"answers are generated, which a model of kind {kind} does not do: use a causal or seq2seq model")
-        prompts = Prompts(examples, tokenizer, kind, max_length, context=context)
+        prompts = Prompts(examples, tokenizer, kind, max_length, context=context, new_tokens=new_tokens)
         metric = task.metric if task is not None and free else measures
-        found.answers = Answers(prompts, Answerer(tokenizer, kind), metric)
-    if task is None or free:
+        found.answers = Answers(prompts, Answerer(tokenizer, kind, max_new_tokens=new_tokens), metric)
+    if task is None or free or not task.judged:
         return found
     found.metric = task.metric
     found.compared = task.choice if compared is None else compared
@@ -173,6 +183,23 @@ def evaluation(
         candidates = Candidates(labelled, tokenizer, kind, max_length, context=context)
         found.options = OptionScorer(candidates, found.collator, batch_size)
     return found
+
+
+def _rewarded(
+    examples: Sequence[Any],
+    tokenizer: Any,
+    kind: str,
+    max_length: int,
+    context: int | None,
+    batch_size: int,
+    new_tokens: int,
+    reward: Any,
+) -> Evaluation:
+    """The evaluation of generated answers by a reward alone; its rows are the prompts."""
+    prompts = Prompts(examples, tokenizer, kind, max_length, context=context, new_tokens=new_tokens, needed=False)
+    answerer = Answerer(tokenizer, kind, max_new_tokens=new_tokens, whole_text=True)
+    answers = Answers(prompts, answerer, reward.metric(prompts.texts))
+    return Evaluation(prompts.encoded, Collator(tokenizer.pad_token_id, kind), batch_size, answers=answers, lossless=True)
 
 
 def same_words(name: str) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from smidgen.addend import refusal
 from smidgen.config import ConfigError
 from smidgen.directions import Direction, width
 from smidgen.params import Entry, ParamView
@@ -86,6 +87,9 @@ class Tangent:
         if padding is not None:
             tangent[ids == padding] = 0.0
         return forward_ad.make_dual(picked, tangent)
+
+    def beside(self, tensors: dict[str, Entry]) -> Callable[..., Tensor]:
+        raise refusal(", ".join(e.name for e in tensors.values()))
 
 
 def slope_in_place(view: ParamView, direction: Direction, closure: Any) -> tuple[float, float]:

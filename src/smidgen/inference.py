@@ -12,6 +12,7 @@ import transformers
 from smidgen import config_file as configuration
 from smidgen import data as sources
 from smidgen import folder as folders
+from smidgen.adapt import _over_quantised
 from smidgen.chat import Chat
 from smidgen.config import ConfigError, RunConfig, notice
 from smidgen.generation import generate
@@ -34,7 +35,7 @@ def open_folder(name: str, *, classes: int | None = None) -> tuple[Loaded, RunCo
         raise ConfigError(f"the run in {name} is not done: go on with `smidgen train --resume --output {name}`")
     config = configuration.load(path / folders.RESOLVED)
     classes = result.get("classes", classes)
-    if config.scheme == "full":
+    if config.scheme == "full" and not (path / _over_quantised.ADAPTER).exists():
         return load(configuration.with_values(config, {"model": name}), classes), config
     loaded = load(config, classes)
     loaded.adapted.load(path)
@@ -42,7 +43,14 @@ def open_folder(name: str, *, classes: int | None = None) -> tuple[Loaded, RunCo
 
 
 def evaluate_folder(
-    name: str, *, task: str | None, data: str | None, split: str, batch_size: int | None, match: bool = False
+    name: str,
+    *,
+    task: str | None,
+    data: str | None,
+    split: str,
+    batch_size: int | None,
+    match: bool = False,
+    reward: str | None = None,
 ) -> dict[str, Any]:
     """Metrics of a run or model on a split of its own data, or of another task, or of other rows for the same task."""
     path = Path(name) / folders.RESOLVED
@@ -51,10 +59,15 @@ def evaluate_folder(
     if data is not None or other:
         new = {"task": task or config.task, "data": data, "eval_data": None, "benchmark_split": False, "k_shot": None}
         config = configuration.with_values(config, new | ({"task_args": {}, "objective": "auto"} if other else {}))
+    config = configuration.with_values(config, {"reward": reward})  # the run's own is code, which nobody asked to run
     corpus = sources.open_corpus(config, notify=notice)
     loaded, _ = open_folder(name, classes=None if corpus.words is None else len(corpus.words))
     engine = Engine(loaded.adapted.model, loaded.adapted.view, loaded.kind)
-    measured = evaluation_of(config, corpus, loaded, split, batch_size=batch_size, generated=match)
+    reference = None
+    if corpus.beta is not None and path.exists():  # pairs are measured against the model that the run started from
+        reference = load(configuration.with_values(config, {"scheme": "full", "scheme_args": {}}), None)
+    measured = evaluation_of(config, corpus, loaded, split, batch_size=batch_size, generated=match, reference=reference)
+    del reference
     return {"model": name, "data": corpus.name, "split": split, "rows": len(measured.rows), **measured(engine)}
 
 

@@ -12,7 +12,7 @@ encoder-decoder model, whose batches carry no mask for it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,13 @@ from smidgen.params import Entry
 from smidgen.probing import Batch, Engine
 
 
-def input_squares(engine: Engine, batches: Sequence[Batch], names: Iterable[str]) -> dict[str, Tensor]:
+def input_squares(
+    engine: Engine, batches: Sequence[Batch], names: Iterable[str], onto: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Sums of squares by name, float64, [1, in] for a weight [out, in] and [in, 1] for a weight [in, out].
 
-    Names that are no linear weight are left out. Theta is not touched.
+    With `onto`, a matrix [in, k] for each name, the sums over tokens of x (x^T onto) instead, [in, k]: X^T X seen through it;
+    Conv1D's are then left out, too. Names that are no linear weight are left out. Theta is not touched.
     """
     for batch in batches:
         engine.prepare(batch)  # the self-check's own evaluations would be counted
@@ -37,16 +40,20 @@ def input_squares(engine: Engine, batches: Sequence[Batch], names: Iterable[str]
     try:
         for name in names:
             entry = engine.view[name]
-            if not _linear(entry, engine.head):
-                continue
             axis = 1 if isinstance(entry.sites[0][0], nn.Linear) else 0
-            sums[name] = torch.zeros(entry.tensor.shape[axis], dtype=torch.float64, device=entry.tensor.device)
+            if not _linear(entry, engine.head) or (onto is not None and not axis):
+                continue
+            through = None if onto is None else onto[name]
+            shape = entry.tensor.shape[axis : axis + 1] if through is None else through.shape
+            sums[name] = torch.zeros(shape, dtype=torch.float64, device=entry.tensor.device)
             for module, _ in entry.sites:
-                count = functools.partial(_count, sums[name], masks if inside is None or id(module) in inside else [None])
+                seen: list[Tensor | None] = masks if inside is None or id(module) in inside else [None]
+                count = functools.partial(_count, sums[name], through, seen)
                 handles.append(module.register_forward_pre_hook(count))
-            sums[name] = sums[name].unsqueeze(1 - axis)
+            if through is None:
+                sums[name] = sums[name].unsqueeze(1 - axis)
         for batch in batches:
-            masks[0] = batch.get("attention_mask")
+            masks[0] = batch.get("real", batch.get("attention_mask"))
             engine.losses(batch)
     finally:
         for handle in handles:
@@ -54,13 +61,14 @@ def input_squares(engine: Engine, batches: Sequence[Batch], names: Iterable[str]
     return {name: total.cpu() for name, total in sums.items()}
 
 
-def _count(total: Tensor, masks: list[Tensor | None], _: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _count(total: Tensor, onto: Tensor | None, masks: list[Tensor | None], _: nn.Module, inputs: tuple[Any, ...]) -> None:
     shape, mask = inputs[0].shape, masks[0]
     x = inputs[0].detach().reshape(-1, shape[-1])
     # Some models hand over rows of tokens, others (OPT) all tokens in one row.
     if mask is not None and shape[:-1] in (mask.shape, (mask.numel(),)):
         x = x[mask.flatten().bool()]
-    total += x.float().square().sum(0, dtype=torch.float64)
+    x = x.float()
+    total += x.square().sum(0, dtype=torch.float64) if onto is None else x.T @ (x @ onto)
 
 
 def _linear(entry: Entry, head: nn.Module | None) -> bool:

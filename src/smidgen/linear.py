@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= SMALLEST
         and x.device.type == "cpu"
-        and weight.is_contiguous()
+        and (weight.is_contiguous() or weight.t().is_contiguous())
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and _available()
@@ -62,8 +62,9 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def layers(model: nn.Module) -> list[nn.Linear]:
-    """The plain linear layers of a model, whose forward nobody has replaced."""
-    return [m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
+    """The plain linear layers of a model, with plain weights, whose forward nobody has replaced."""
+    plain = (m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__)
+    return [m for m in plain if type(m.weight) is nn.Parameter]
 
 
 @contextlib.contextmanager

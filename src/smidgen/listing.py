@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from smidgen import data, models, optim, presets, tasks
+from smidgen import auto, data, models, optim, presets, tasks
 from smidgen.config import RunConfig, notice
 from smidgen.config_file import load
 from smidgen.encode import describe, encode
@@ -23,7 +23,12 @@ def list_methods() -> list[dict[str, Any]]:
 
 
 def describe_method(name: str) -> dict[str, Any]:
-    """One method: its text, options and presets. Raises ConfigError for an unknown one."""
+    """One method, or `auto`: its text, options and presets. Raises ConfigError for an unknown one."""
+    if name == auto.NAME:
+        chosen = {scheme: {"method": method, "lr": lr, **options} for scheme, (method, lr, options) in auto.CHOICES.items()}
+        text = f"{inspect.getdoc(auto)}\n\nEvidence: {auto.EVIDENCE}."
+        nothing: dict[str, Any] = {"options": [], "published": [], "suggested": {}}
+        return {"name": name, "status": "experimental", "text": text, "presets": chosen, **nothing}
     module = optim.get(name)
     fields = module.Config.model_fields
     options = [{"name": k, "default": f.default, "description": f.description} for k, f in fields.items()]
@@ -78,12 +83,14 @@ def describe_task(name: str) -> dict[str, Any]:
 
 
 def describe_data(source: str, *, model: str, kind: str, row: int, max_length: int | None) -> dict[str, Any]:
-    """Lengths and one encoded row of a data set, as `smidgen.encode.describe` gives them."""
+    """Lengths and one encoded row of a data set, as `smidgen.encode.describe` gives them, and how many classes it has."""
     config: RunConfig = load(None, [], {"data": source, "model": model})
     corpus = data.open_corpus(config, notify=notice)
     model_config = models.load_config(model)
     tokenizer = models.load_tokenizer(model)
     chosen = detect_kind(model_config, corpus.words is not None) if kind == "auto" else kind
     context = models.context_length(model_config, tokenizer)
-    encoded = encode(corpus.examples("train", chosen), tokenizer, chosen, max_length, context=context)
-    return describe(encoded, tokenizer, min(row, len(encoded) - 1))
+    examples: Any = corpus.examples("train", chosen)
+    encoded = encode(examples, tokenizer, chosen, max_length, context=context)
+    classes = None if corpus.words is None else len(corpus.words)
+    return {**describe(encoded, tokenizer, min(row, len(encoded) - 1)), "classes": classes}

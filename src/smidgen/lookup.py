@@ -6,6 +6,7 @@ embedding matrix through a lens row by row, as it is looked up, `LensedHead` the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from smidgen.directions import Probe, displace, displace_rows, restrict
 from smidgen.params import Entry
+from smidgen.population import Population, after_linear
 
 
 class Lens(Protocol):
@@ -28,6 +30,9 @@ class Lens(Protocol):
 
     def rows(self, entry: Entry, ids: Tensor, padding: int | None = None) -> Tensor:
         """What stands for some rows of a tensor, [n, ...], in fresh memory; `padding` is the row without gradient."""
+
+    def beside(self, tensors: dict[str, Entry]) -> Callable[..., Tensor]:
+        """A forward hook that makes the output of a linear layer what it looks like; its weight cannot be displaced itself."""
 
 
 class Displaced:
@@ -49,6 +54,9 @@ class Displaced:
         out = torch.empty(ids.numel(), matrix.shape[1], dtype=table.dtype, device=table.device)
         displace_rows(self.probe, entry.name, matrix, ids, out)
         return out.view(ids.numel(), *table.shape[1:])
+
+    def beside(self, tensors: dict[str, Entry]) -> Callable[..., Tensor]:
+        return functools.partial(after_linear, Population([self.probe]), tensors)
 
 
 class LookedUp(Tensor):

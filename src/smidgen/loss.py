@@ -22,8 +22,12 @@ from smidgen.kinds import Kind
 from smidgen.linear import linear
 
 IGNORE = -100  # the label of a position without loss, as in transformers
-NOT_INPUTS = frozenset({"labels", "choices", "groups", "golds", "divisors", "accepted", "answers"})  # a batch's, not a model's
+# What of a batch is not for the model.
+NOT_INPUTS = frozenset(
+    {"labels", "choices", "criterion", "groups", "golds", "divisors", "accepted", "answers", "references", "real"}
+)
 
+MARGIN = 2.0  # of the hinge loss over label words, in logits: BBTv2's and DFO-LoRA's
 BLOCK_ELEMENTS = 1 << 22  # elements of one vocabulary block of the head: 16 MB in float32; chosen
 BLOCK_POSITIONS = 4096  # label positions per block of logits
 _CHECKPOINT_LOGITS = 1 << 24  # logits (64 MB in float32) above which the backward pass recomputes them; chosen
@@ -146,10 +150,30 @@ def logits_nll(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), tokens, reduction="none")
 
 
-def row_scores(losses: Losses, divisors: Tensor) -> Tensor:
-    """Score of each row: the log-likelihood of its labels over its divisor [R], which is 1 or its count of labels."""
-    total = torch.zeros(losses.size, dtype=losses.nll.dtype, device=losses.nll.device)
-    return -total.index_add(0, losses.rows, losses.nll) / divisors
+def criterion_loss(logits: Tensor, tokens: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Loss of each row from its logits over the choices or classes [n, C], by the batch's `criterion`: cross-entropy where it
+    has none; hinge, the sum over the wrong ones of max(0, 2 + logit - right logit); accuracy, -1 where the right one is
+    highest, else 0, NaN where a logit is."""
+    criterion = batch.get("criterion")
+    if criterion is None:
+        return logits_nll(logits, tokens)
+    logits = logits.float()
+    if criterion == "hinge":
+        right = logits.gather(1, tokens[:, None])
+        return (logits - right + MARGIN).clamp(min=0).sum(1) - MARGIN  # the right one itself counts MARGIN
+    assert criterion == "accuracy", criterion
+    return -(logits.argmax(1) == tokens).float().masked_fill(logits.isnan().any(1), torch.nan)
+
+
+def row_scores(losses: Losses, divisors: Tensor, references: Tensor | None = None) -> Tensor:
+    """Score of each row: the log-likelihood of its labels over its divisor [R], which is 1 or its count of labels.
+
+    references [R] float64: log-likelihoods that are subtracted first. The sums are then float64: a difference of two
+    numbers of some hundred nats, of which a step of size eps changes the last digits.
+    """
+    nll = losses.nll if references is None else losses.nll.double()
+    total = torch.zeros(losses.size, dtype=nll.dtype, device=nll.device).index_add(0, losses.rows, nll)
+    return -total / divisors if references is None else (-total - references) / divisors
 
 
 def group_nll(scores: Tensor, groups: Tensor, golds: Tensor) -> Tensor:
@@ -162,10 +186,12 @@ def group_nll(scores: Tensor, groups: Tensor, golds: Tensor) -> Tensor:
 def grouped(losses: Losses, batch: Mapping[str, Any]) -> Losses:
     """The losses as they are, or, of a batch that stacks all options of each example, one loss an example.
 
-    The latter is MeZO's classification by candidates: the softmax cross-entropy over the scores of its options.
+    The latter is MeZO's classification by candidates: the softmax cross-entropy over the scores of its options. With
+    references and divisors 1/beta it is the loss of direct preference optimisation: over two options, -log sigmoid of the
+    difference of their scores.
     """
     if "groups" not in batch:
         return losses
     golds = batch["golds"]
-    nll = group_nll(row_scores(losses, batch["divisors"]), batch["groups"], golds)
+    nll = group_nll(row_scores(losses, batch["divisors"], batch.get("references")), batch["groups"], golds)
     return Losses(nll, torch.arange(golds.shape[0], device=golds.device), golds.shape[0])

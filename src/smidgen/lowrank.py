@@ -28,9 +28,14 @@ def is_matrix(shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and min(shape[0], math.prod(shape[1:])) > 1
 
 
+def sides(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a matrix."""
+    return shape[0], math.prod(shape[1:])
+
+
 def matrices(view: ParamView) -> dict[str, tuple[int, int]]:
     """(rows, columns) of every tuned tensor that is a matrix."""
-    return {e.name: (e.tensor.shape[0], math.prod(e.tensor.shape[1:])) for e in view if is_matrix(e.tensor.shape)}
+    return {e.name: sides(e.tensor.shape) for e in view if is_matrix(e.tensor.shape)}
 
 
 def rank_of(shape: Sequence[int], rank: int) -> int:

@@ -8,6 +8,7 @@ random state is left as it was.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import json
 import math
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from smidgen import quantised
 from smidgen.config import ConfigError, nearest, notice
 from smidgen.kinds import Kind, detect_kind, head_of
 
@@ -30,12 +32,17 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "require_bitsandbytes",
     "resolve",
     "wants_position_ids",
     "weights_bytes",
 ]
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+# Bytes a weight: nf4's code of 4 bits, a scale of 8 bits for 64 weights, one of 32 bits for 256 scales. int8: without the
+# scales of rows.
+_QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -172,6 +179,7 @@ def load_model(
     device: str | torch.device = "cpu",
     *,
     seed: int = 0,
+    quantise: str | None = None,
     trust_remote_code: bool = False,
     notify: Callable[[str], None] = notice,
 ) -> tuple[Any, Any, Kind]:
@@ -179,6 +187,8 @@ def load_model(
 
     num_labels: classes of a labelled task, None where answers are free text. dtype 'auto': float32 on a CPU, else the
     checkpoint's. Parameters that the checkpoint does not hold are drawn on the CPU from `seed` and named by `fresh_parameters`.
+    quantise 'nf4' (double quantisation, as in QLoRA) or 'int8': linear layers but the output head are held in that form by
+    bitsandbytes, quantised on `device` one by one; all other tensors have `dtype`. A checkpoint that is quantised stays so.
     Memory: the weights once in RAM, and once on `device` if that is another. Raises ConfigError.
     """
     location = resolve(name)
@@ -190,8 +200,15 @@ def load_model(
         if num_labels is None:
             raise ConfigError("kind 'classification' needs labelled rows: give a task, or data with columns text and label")
         options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes is replaced
+    wanted, stored = _dtype(dtype, device), getattr(config, "quantization_config", None) is not None
+    if quantise is not None:
+        if stored:
+            raise ConfigError(f"the weights of '{name}' are stored quantised: leave quantise out")
+        compute = wanted if wanted != "auto" else getattr(config, "dtype", None) or torch.bfloat16
+        options["quantization_config"] = _bitsandbytes(quantise, compute)
+    if quantise is not None or stored:
+        options["device_map"] = {"": str(device)}
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code, notify=notify)
-    wanted = _dtype(dtype, device)
     with _readable(name, "its weights"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model, info = auto_class.from_pretrained(location, dtype=wanted, output_loading_info=True, **options)
@@ -205,12 +222,35 @@ def load_model(
     if chosen == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last token of a row by it
     model.smidgen_fresh = fresh
-    return model.to(device).eval(), tokenizer, chosen
+    if "device_map" in options:
+        quantised.refuse_unknown(model)
+        quantised.steady(model)
+    else:
+        model = model.to(device)
+    return model.eval(), tokenizer, chosen
 
 
 def fresh_parameters(model: Any) -> tuple[str, ...]:
     """Names of the tensors that `load_model` drew because the checkpoint does not hold them (a new head)."""
     return getattr(model, "smidgen_fresh", ())
+
+
+def require_bitsandbytes(quantise: str) -> None:
+    """Raise ConfigError where the library that quantises is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantise = {quantise} needs bitsandbytes, which is not installed: pip install 'smidgen[eight-bit]'")
+
+
+def _bitsandbytes(quantise: str, compute: torch.dtype) -> Any:
+    """transformers' request for weights in 4 or 8 bits, multiplied in the dtype `compute`."""
+    from transformers import BitsAndBytesConfig
+
+    require_bitsandbytes(quantise)
+    if quantise == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
 
 
 def _dtype(dtype: str, device: str | torch.device) -> Any:
@@ -268,18 +308,24 @@ def context_length(config: Any, tokenizer: Any = None) -> int | None:
 
 
 def weights_bytes(
-    name: str, dtype: str = "auto", device: str | torch.device = "cpu", *, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    *,
+    quantise: str | None = None,
+    trust_remote_code: bool = False,
 ) -> int:
-    """Bytes of the weights in `dtype`, without loading them.
+    """Bytes of the weights in `dtype`, linear layers quantised where asked for, without loading them.
 
-    A folder's figure is read from the headers of its safetensors files, a hub id's is counted on a model without
-    storage made from its configuration.
+    A folder's figure is read from the headers of its safetensors files, a hub id's is counted on a model without storage
+    made from its configuration, as the weights that are quantised are.
     """
     location = resolve(name)
     wanted = _dtype(dtype, device)
     files = sorted(Path(location).glob("*.safetensors"))
-    if files:
-        return sum(_bytes(shape, stored, wanted) for file in files for shape, stored in _header(file))
+    plain = sum(_bytes(shape, stored, wanted) for file in files for shape, stored in _header(file))
+    if files and quantise is None:
+        return plain
     from transformers import AutoModel
 
     config = load_config(name, trust_remote_code=trust_remote_code)
@@ -287,7 +333,12 @@ def weights_bytes(
         model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     stored = config.dtype or torch.float32
     size = (stored if wanted == "auto" else wanted).itemsize
-    return sum(parameter.numel() * size for parameter in model.parameters())
+    if not files:
+        plain = sum(parameter.numel() * size for parameter in model.parameters())
+    if quantise is None:
+        return plain
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D")  # type: ignore[operator,misc]
+    return plain - linear * size + math.ceil(linear * _QUANTISED_BYTES[quantise])
 
 
 def _header(file: Path) -> list[tuple[list[int], str]]:

@@ -6,10 +6,11 @@ whose frozen weights are in the base already.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from smidgen.adapt._adapted import Moving
+from smidgen.adapt._adapted import Moving, Resting
 
 __all__ = ["Moving", "MovingMixin"]
 
@@ -28,6 +29,10 @@ class MovingMixin:
         if new and self.moving is not None:
             self.moving.begin(self.stepper)  # type: ignore[attr-defined]
         return self.optimizer  # type: ignore[attr-defined]
+
+    def resting(self) -> AbstractContextManager[None]:
+        """Inside this context the scheme is what is evaluated."""
+        return self.moving.resting() if isinstance(self.moving, Resting) else nullcontext()
 
     def _one_step(self, *args: Any) -> float:
         loss = super()._one_step(*args)  # type: ignore[misc]

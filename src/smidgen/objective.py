@@ -5,14 +5,15 @@ once, so that a ragged accumulated batch equals the whole batch. Weight = label 
 
 - `ModelObjective`: a model and its micro-batches, through a probing engine;
 - `ClosureObjective`: any zero-argument function, evaluated in place with a saved copy of the tuned tensors;
-- `Recorded`: passes questions on and keeps the numbers; `Replayed`: answers from recorded numbers, without a model;
-- `Reduced`: data-parallel ranks.
+- `Recorded`: passes questions on and keeps the numbers; `Replayed`: answers from recorded numbers, without a model.
+
+Data-parallel ranks: `smidgen.ranks`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 from smidgen.config import ConfigError
 from smidgen.directions import Direction, Probe, displace, restrict
 from smidgen.forward_mode import slope_in_place
+from smidgen.hidden import hidden_squares, stds
 from smidgen.inputs import input_squares
 from smidgen.loss import Losses, targets
+from smidgen.outputs import output_squares, sizes
 from smidgen.params import ParamView
+from smidgen.per_example import Span, examples_of
 from smidgen.probing import Batch, Engine
 from smidgen.reuse import Held
 
@@ -43,9 +47,16 @@ class Objective(Protocol):
         """Loss; gradients into `.grad`, only for these names (all tuned tensors when None). Without `dropout` it is the
         gradient of the function that `losses` evaluates."""
 
-    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """For each of the names that is a linear weight: sums over tokens of the squares of its inputs at theta, float64,
-        shaped to broadcast against the weight; see `smidgen.inputs`."""
+        shaped to broadcast against the weight, or those of their products through `onto`; see `smidgen.inputs`."""
+
+    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
+        """For each of the names the deviation of the hidden states at theta that enter its layer; see `smidgen.hidden`."""
+
+    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
+        """For each of the names the root mean square at theta of the output of its module, 0 where there is none; see
+        `smidgen.outputs`."""
 
 
 Sums = tuple[Tensor, Tensor]  # float64 loss sums and weights, [P] or [P, N]
@@ -59,9 +70,16 @@ class ModelObjective:
         self.engine, self.batches, self.key = engine, batches, key
         self.held = [Held() for _ in batches]
 
-    def sums(self, probes: Sequence[Probe], *, each: bool = False) -> Sums:
-        """Loss sums and weights before division: what ranks exchange."""
-        found = [self.engine.together(batch, probes, held) for batch, held in zip(self.batches, self.held, strict=True)]
+    def examples(self) -> int:
+        """Number of examples of this rank."""
+        return sum(map(examples_of, self.batches))
+
+    def sums(self, probes: Sequence[Probe], *, each: bool = False, span: Span | None = None) -> Sums:
+        """Loss sums and weights before division: what ranks exchange. `span`: which examples of the step these are."""
+        span, found = span or Span(0, self.examples()), []
+        for batch, held in zip(self.batches, self.held, strict=True):
+            found.append(self.engine.together(batch, probes, held, span))
+            span = Span(span.first + examples_of(batch), span.total)
         totals, weights = [], []
         for micro in zip(*found, strict=True):  # the micro-batches of one probe
             sums, counts = zip(*(_sums(losses, each) for losses in micro), strict=True)
@@ -86,17 +104,31 @@ class ModelObjective:
         loss, tangent, weight = self.slope_sums(direction).tolist()
         return loss / weight, tangent / weight
 
-    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return input_squares(self.engine, self.batches, names)
+    def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        return input_squares(self.engine, self.batches, names, onto)
+
+    def hidden_squares(self, names: Sequence[str]) -> Tensor:
+        """Sums of squared deviations and their weight: what ranks exchange."""
+        return hidden_squares(self.engine, self.batches, names)
+
+    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
+        return stds(self.hidden_squares(names), names)
+
+    def output_squares(self, names: Sequence[str]) -> Tensor:
+        """Sums of squares of outputs and their counts: what ranks exchange."""
+        return output_squares(self.engine, self.batches, names)
+
+    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
+        return sizes(self.output_squares(names), names)
 
     def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         view, model = self.engine.view, self.engine.model
         chosen = None if names is None else set(names)
         for entry in view:
-            if (chosen is None or entry.name in chosen) and not entry.tensor.is_floating_point():
+            if (chosen is None or entry.name in chosen) and (entry.addend or not entry.tensor.is_floating_point()):
                 raise ConfigError(
-                    f"{entry.name} is {entry.tensor.dtype} and has no gradient: tune an adapter (scheme lora) on a quantised "
-                    "base, or take a method without back-propagation"
+                    f"{entry.name} is {'quantised' if entry.addend else entry.tensor.dtype} and has no gradient: tune an "
+                    "adapter (scheme lora) on a quantised base, or take a method without back-propagation"
                 )
         frozen = [e.tensor for e in view if chosen is not None and e.name not in chosen and e.tensor.requires_grad]
         for tensor in frozen:
@@ -132,6 +164,8 @@ def _labels(batch: Batch, engine: Engine) -> int:
     """Number of losses in a batch: label tokens, rows where a row has one label, or examples."""
     if "groups" in batch:  # all options of each example: one loss an example
         return batch["golds"].shape[0]
+    if "labels" not in batch:  # a trainer's own, such as trl's pairs: its loss is a mean over rows
+        return batch["input_ids"].shape[0]
     labels = batch["labels"]
     rows = engine.kind == "classification" or labels.ndim == 1
     return labels.shape[0] if rows else targets(labels, engine.kind).tokens.numel()
@@ -174,14 +208,21 @@ class CalledObjective:
     def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         raise ValueError("use the trainer itself for methods with back-propagation")
 
-    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         raise ValueError("a trainer's own loss does not say what reaches the layers; use smidgen's loss for this method")
+
+    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
+        return stds(hidden_squares(self.engine, self.batches, names), names)
+
+    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
+        return sizes(output_squares(self.engine, self.batches, names), names)
 
 
 class ClosureObjective:
     """Any zero-argument loss function of the tuned tensors. Probes are written in place and undone from a saved copy.
 
-    Memory: one copy of the tuned tensors while it evaluates. `backward` calls the closure under autograd.
+    It counts as one example. Memory: one copy of the tuned tensors while it evaluates. `backward` calls the closure under
+    autograd.
     """
 
     key: Hashable = None
@@ -190,8 +231,6 @@ class ClosureObjective:
         self.closure, self.view = closure, view
 
     def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
-        if each:
-            raise ValueError("a closure has no per-example losses; give the optimizer an Objective")
         values = torch.empty(len(probes), dtype=torch.float64)
         saved = self.view.snapshot()
         try:
@@ -208,7 +247,7 @@ class ClosureObjective:
         finally:
             for entry in self.view:
                 entry.storage.copy_(saved[entry.name])
-        return values
+        return values[:, None] if each else values
 
     def slope(self, direction: Direction) -> tuple[float, float]:
         return slope_in_place(self.view, direction, self.closure)
@@ -221,8 +260,16 @@ class ClosureObjective:
         loss.backward(inputs=wanted)
         return loss.item()
 
-    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        if onto is not None:
+            return {}
         raise ValueError("a closure does not say what reaches the layers; give the optimizer an Objective of a model")
+
+    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
+        raise ConfigError("init = hidden looks at a model, and a closure has none: init=random, or step with an Objective")
+
+    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
+        return dict.fromkeys(names, 0.0)
 
 
 class Recorded:
@@ -247,11 +294,21 @@ class Recorded:
         self.values.append(loss)
         return loss
 
-    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
-        found = self.inner.input_squares(names)
+    def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        found = self.inner.input_squares(names, onto)
         for name in names:  # two sizes, then the values; sizes 0 for a name that is no linear weight
             squares = found.get(name, torch.empty(0, 0))
             self.values.extend([*map(float, squares.shape), *squares.flatten().tolist()])
+        return found
+
+    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
+        found = self.inner.hidden_stds(names)
+        self.values.extend(found[name] for name in names)
+        return found
+
+    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
+        found = self.inner.output_sizes(names)
+        self.values.extend(found[name] for name in names)
         return found
 
 
@@ -293,7 +350,7 @@ class Replayed:
     def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         raise ValueError("a method that uses back-propagation cannot be replayed; resume it from a checkpoint")
 
-    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         self.forwards += 1
         found = {}
         for name in names:
@@ -302,64 +359,17 @@ class Replayed:
                 found[name] = torch.tensor(self._take(rows * columns), dtype=torch.float64).view(rows, columns)
         return found
 
+    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
+        self.forwards += 1
+        return dict(zip(names, self._take(len(names)), strict=True))
+
+    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
+        self.forwards += 1
+        return dict(zip(names, self._take(len(names)), strict=True))
+
     def done(self) -> bool:
         """Whether every recorded number was used."""
         return self._next == len(self.values)
-
-
-class Reduced:
-    """Data-parallel ranks: each holds its own rows; only loss sums and weights travel, as float64.
-
-    Sums are gathered and added in rank order on every rank, so all ranks get the same bits.
-    """
-
-    def __init__(self, inner: ModelObjective | CalledObjective):
-        self.inner, self.key = inner, inner.key
-
-    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
-        total, weight = self.inner.sums(probes, each=each)
-        pair = torch.stack([total, weight])
-        if each:
-            parts = _gather_ragged(pair)
-            pair = torch.cat(parts, dim=-1)
-        else:
-            parts = [torch.empty_like(pair) for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather(parts, pair)
-            pair = _add_in_order(parts)
-        return pair[0] / pair[1]
-
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        if isinstance(self.inner, CalledObjective):
-            return self.inner.slope(direction)
-        mine = self.inner.slope_sums(direction)
-        parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, mine)
-        loss, tangent, weight = _add_in_order(parts).tolist()
-        return loss / weight, tangent / weight
-
-    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
-        raise ValueError("methods with back-propagation run under accelerate's DDP or FSDP, as Trainer does")
-
-    def input_squares(self, names: Sequence[str]) -> dict[str, Tensor]:
-        found = self.inner.input_squares(names)
-        for squares in found.values():
-            parts = [torch.empty_like(squares) for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather(parts, squares)
-            squares.copy_(_add_in_order(parts))
-        return found
-
-
-def _add_in_order(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
-
-
-def _gather_ragged(pair: Tensor) -> list[Tensor]:
-    parts: list[Tensor | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, pair)
-    return [p for p in parts if p is not None]
 
 
 def as_objective(question: Objective | Callable[[], Tensor | float], view: ParamView) -> Objective:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen import noise
+from smidgen.addend import Addend, refusal
 from smidgen.directions import Masked, OnePass, Probe, restrict, width
 
 Rounding = Literal["stochastic", "nearest"]
@@ -55,12 +56,47 @@ def tensor_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
-@dataclass
 class Support:
-    """Where in a matrix the elements of a 1-D tensor act."""
+    """Where in a matrix [o, i] the elements of a 1-D tensor act: sorted distinct positions, kept as compressed rows.
 
-    shape: tuple[int, int]  # of the matrix
-    index: Tensor  # flat row-major positions, sorted and distinct [k]; another tensor after a reselection
+    Bytes: 2 an element (4 where i > 65,536) and 4 a row.
+    """
+
+    def __init__(self, shape: tuple[int, int], index: Tensor):
+        self.shape = shape
+        self.move(index)
+
+    def move(self, index: Tensor) -> None:
+        """Other positions: flat, row-major, sorted, distinct."""
+        rows, columns = self.shape
+        index = index.long()
+        edges = torch.arange(rows + 1, device=index.device) * columns
+        self._starts = torch.searchsorted(index, edges).int()
+        self._columns = (index % columns).to(torch.int16 if columns <= 1 << 16 else torch.int32)
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of each element, int32 [k], made anew."""
+        rows = torch.arange(self.shape[0], device=self._starts.device, dtype=torch.int32)
+        return torch.repeat_interleave(rows, torch.diff(self._starts), output_size=len(self))
+
+    @property
+    def columns(self) -> Tensor:
+        """The column of each element, int32 [k]."""
+        return self._columns.int() & 0xFFFF if self._columns.dtype == torch.int16 else self._columns
+
+    @property
+    def index(self) -> Tensor:
+        """Flat positions [k], made anew: int32, or int64 where the matrix has 2^31 entries or more."""
+        rows = self.rows if self.shape[0] * self.shape[1] < 2**31 else self.rows.long()
+        return rows * self.shape[1] + self.columns
+
+    def __len__(self) -> int:
+        return self._columns.numel()
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._columns.nbytes + self._starts.nbytes
 
 
 class SparseShape(tuple[int, ...]):
@@ -79,10 +115,12 @@ class Entry:
     sites: list[tuple[nn.Module, str]] = field(default_factory=list)  # every (owner module, attribute) that holds it
     version: int = 0  # grows by one at each write: caches of activations key on it
     support: Support | None = None  # of a tensor whose elements are added to some entries of a frozen matrix
+    addend: Addend | None = None  # of a weight that cannot be written; `tensor` only stands in for its shape and dtype
+    areas: Sequence[tuple[slice, slice]] = ()  # (rows, columns) that a small space moves; empty: the whole tensor
 
     @property
     def storage(self) -> Tensor:
-        """The tensor without autograd history, sharing memory."""
+        """The tensor without autograd history, sharing memory; NaN where it only stands in."""
         return self.tensor.detach()
 
 
@@ -175,6 +213,9 @@ class ParamView:
             entry.version += 1
 
     def _apply_entry(self, entry: Entry, probe: Probe, decay: float, at: noise.Address, rounding: Rounding) -> None:
+        if entry.addend is not None:
+            entry.addend.take_(entry.name, probe, decay)
+            return
         weight = entry.storage if entry.tensor.is_contiguous() else entry.storage.contiguous()
         whole = OnePass.of(probe, entry.name)
         if whole is not None:
@@ -199,7 +240,7 @@ class ParamView:
         self, name: str, value32: Tensor, *, at: noise.Address, rows: slice | None = None, rounding: Rounding = "stochastic"
     ) -> None:
         """theta[name][rows] <- round(value32), with the same addressed rounding as `apply_`. value32: float32."""
-        entry = self.entries[name]
+        entry = self._writable(name)
         weight = entry.storage if entry.tensor.is_contiguous() else entry.storage.contiguous()
         target, start = weight, 0
         if rows is not None:
@@ -215,7 +256,7 @@ class ParamView:
     ) -> None:
         """Let `update` change theta[name] in place in float32: the weight itself, or for 16-bit weights a temporary
         float32 copy of this one tensor that is rounded once when it is written back."""
-        entry = self.entries[name]
+        entry = self._writable(name)
         weight = entry.storage
         master = weight.float()
         update(master)
@@ -224,9 +265,15 @@ class ParamView:
         else:
             self.write_(name, master, at=at, rounding=rounding)
 
+    def _writable(self, name: str) -> Entry:
+        """The entry, if its tensor can be written. Raises ConfigError."""
+        if self.entries[name].addend is not None:
+            raise refusal(name)
+        return self.entries[name]
+
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of every tuned tensor (one full copy of their bytes)."""
-        return {e.name: e.storage.clone() for e in self}
+        return {name: self._writable(name).storage.clone() for name in self.entries}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Put a snapshot back, bit for bit."""

@@ -54,6 +54,11 @@ _SWEEPS = "ZO-Bench, arXiv 2402.11592, its public sweep files"
 _GAUSS = {"distribution": "gaussian"}
 _FLAGS = {"batch": "train.per_device_train_batch_size", "steps": "train.max_steps", "epochs": "train.num_train_epochs"}
 
+_REFERENCE: Mapping[str, Any] = {  # options of cma_es: its preset `reference`
+    "dimension": 500, "population": 20, "budget": 8000, "alpha": 1.0, "init": "hidden", "compat_whole_dimension": True,
+    "covariance": "full", "incumbent": "best_ever",
+}  # fmt: skip
+
 _STUDIES = {  # the first word begins the names of its presets
     "mezo": _Study(f"{_MEZO}, table 16, and its README", {"batch": 16, "steps": 20000}, _GAUSS),
     "mezo-f1": _Study(f"{_MEZO}, its F1 objective", {"batch": 16, "steps": 20000, "objective": "f1"}, _GAUSS),
@@ -63,6 +68,10 @@ _STUDIES = {  # the first word begins the names of its presets
     "mezo-ft roberta": _Study(f"{_MEZO}, table 15, its baseline", {"batch": 8, "steps": 1000}),
     "zo-bench": _Study(_SWEEPS, {"batch": 16, "steps": 20000}, _GAUSS, True),
     "zo-bench first-order": _Study(f"{_SWEEPS} (625 steps as in the paper)", {"batch": 16, "steps": 625}, {}, True),
+    "lozo": _Study("LOZO, arXiv 2410.07698, its scripts (eps times sqrt(2))", {"batch": 16, "steps": 20000}, _GAUSS),
+    "subzero": _Study("SubZero, arXiv 2410.08989, its README", {"batch": 16, "steps": 20000}, _GAUSS),
+    "zo-muon": _Study("ZO-Muon, arXiv 2602.17155, its scripts (eps times sqrt(64 / 5120))", {"steps": 8000}, _GAUSS),
+    "dfo-lora": _Study("DFO-LoRA, its public code", {"batch": 224, "task_args": {"prompts": "dfo"}}, _REFERENCE),
     "sparse-mezo": _Study(
         "Sparse-MeZO, arXiv 2402.15751 (lr, eps, batch, steps are MeZO's)", {"batch": 16, "steps": 20000}, _GAUSS
     ),
@@ -82,6 +91,7 @@ _REMARKS = {  # what the public runs did that the method does not
 
 _OPT = "sst2 rte cb boolq wsc wic multirc copa record"
 _ROBERTA = ("sst2", "sst5", "snli", "mnli", "rte", "trec")
+_FEW_SHOT = ("sst2", "yelp", "ag_news", "dbpedia", "mrpc", "snli", "rte")
 _WHERE = {  # models and tasks that share a line of the table
     "opt": ("opt-13b", _OPT),
     "opt-but-wsc": ("opt-13b", _OPT.replace("wsc ", "")),
@@ -91,11 +101,13 @@ _WHERE = {  # models and tasks that share a line of the table
     "roberta": ("roberta-large", " ".join(f"{task}-k{k}" for task in _ROBERTA for k in (16, 512))),
     "sst2": ("opt-1.3b", "sst2"),
     "sst2-13b": ("opt-13b", "sst2"),
+    "rte": ("opt-13b", "rte"),
     "copa": ("opt-13b llama-2-7b llama-2-13b", "copa"),
     "copa-opt": ("opt-13b", "copa"),
     "copa-llama": ("llama-2-7b llama-2-13b", "copa"),
     "copa-7b": ("vicuna-7b mistral-7b", "copa"),
     "wino": ("opt-13b", "winogrande"),
+    "few-shot": ("roberta-large", " ".join(f"{task}-k16" for task in _FEW_SHOT)),
     "sparse": ("llama-7b llama-2-7b mistral-7b opt-13b", "boolq rte wic"),
 }
 
@@ -183,6 +195,14 @@ zo-bench first-order
   copa         | sgd   | full        | 1e-4*,1e-5,1e-6,1e-7,1e-8 | -
   wino copa-7b | adamw sgd | full    | 1e-3..1e-7                | -
   wino copa-7b | adamw | lora        | 1e-2..1e-6                | -
+lozo
+  opt opt-free | lozo | full | 1e-6,1e-7 | 1.4e-3,1.4e-4 | rank=1,2,4 | interval=50,100
+subzero
+  sst2         | subzero | prompt | 1e-3 | 1e-2 | rank=24 | interval=1000
+zo-muon
+  rte          | zo_muon | full | 1e-2 | 1.1e-4 | rank=64 | interval=100 | queries=4
+dfo-lora
+  few-shot     | cma_es | dfo_lora | 1 | -
 sparse-mezo
   sparse       | zo_sparse | full | 1e-6 | 1e-3 | sparsity=0.8,0.7,0.6,0.5
 """
@@ -235,7 +255,7 @@ def fill(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     if train.max_steps is not None or train.num_train_epochs is not None:
         given |= {"train.max_steps", "train.num_train_epochs"}
     if config.data is not None or config.task not in (None, preset.task):  # other rows than the preset's
-        given |= {"task", "k_shot", "benchmark_split", "objective"}
+        given |= {"task", "task_args", "k_shot", "benchmark_split", "objective"}
     if config.eval_data is not None:
         given |= {"k_shot", "benchmark_split"}
     options = {key: value for key, value in preset.options.items() if key not in config.method_args}
@@ -294,6 +314,7 @@ def _preset(study: str, model: str, task: str, method: str, scheme: str, grids: 
         options={**options, **_FIXED.get(f"{study} {method}", {}), **taken},
         grid={option: values for option, (values, _) in read.items()},
         keys={**{_FLAGS.get(key, key): value for key, value in keys.items()}, **rows},
+        scheme_args={"head_bias": "zero"} if study == "dfo-lora" else {},
         source=source + _REMARKS.get(method, "") * per_method,
     )
 

@@ -20,7 +20,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +39,21 @@ from smidgen.loss import (
     Targets,
     choice_index,
     choice_logits,
+    criterion_loss,
     grouped,
     head_nll,
     head_nll_differentiable,
-    logits_nll,
     targets,
 )
 from smidgen.params import Entry, ParamView
-from smidgen.readers import ALIGN, Reader, Readers, aligned
+from smidgen.per_example import Span, known, one_by_one, varies
+from smidgen.readers import ALIGN, Reader, Readers, aligned, output_head, unwrapped
 from smidgen.reuse import Held, Reuse
 
 log = logging.getLogger("smidgen")
 
 Batch = dict[str, Any]
+T = TypeVar("T")
 
 _LARGE = 64.0  # hidden states times this show a soft cap that ordinary ones stay below
 
@@ -72,9 +74,9 @@ class Engine:
         self.bad_steps = 0  # steps without a finite loss so far
         self._entries = {id(e.tensor): e for e in view}
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
-        self._accepted = set(inspect.signature(_unwrapped(model).forward).parameters)
+        self._accepted = set(inspect.signature(unwrapped(model).forward).parameters)
         # The output head over the vocabulary, None where there is none; own_head: the model has to run it by itself.
-        self.head = _output_head(model) if kind != "classification" else None
+        self.head = output_head(model) if kind != "classification" else None
         self.own_head = self.head is not None and not isinstance(self.head, nn.Linear)
         self.readers = Readers(model, view)
         self.reuse = Reuse(view)
@@ -111,6 +113,8 @@ class Engine:
 
         `head=False` leaves the output head as it is: the caller applies it with `smidgen.loss`.
         """
+        if varies([probe]):
+            known(None)
         with contextlib.nullcontext() if not probe else self._through(Displaced(probe), head=head):
             yield
 
@@ -128,9 +132,11 @@ class Engine:
                 enter, leave = self._hooks(reader, lens, saved)
                 if reader.module is None:
                     enter()
-                else:
-                    handles.append(reader.module.register_forward_pre_hook(enter))
-                    handles.append(reader.module.register_forward_hook(leave))
+                    continue
+                handles.append(reader.module.register_forward_pre_hook(enter))
+                handles.append(reader.module.register_forward_hook(leave))
+                if held := {a: e for e, _, a in reader.tensors if e.addend is not None and lens.touches(e.name)}:
+                    handles.append(reader.module.register_forward_hook(lens.beside(held)))
             yield
         finally:
             for handle in handles:
@@ -141,7 +147,7 @@ class Engine:
     def _hooks(
         self, reader: Reader, lens: Lens, saved: list[tuple[nn.Module, str, Tensor]]
     ) -> tuple[Callable[..., None], Callable[..., None]]:
-        tensors = [(e, owner, a) for e, owner, a in reader.tensors if lens.touches(e.name)]
+        tensors = [(e, owner, a) for e, owner, a in reader.tensors if e.addend is None and lens.touches(e.name)]
         originals = [(owner, a, owner._parameters[a]) for _, owner, a in tensors]
         saved.extend(originals)  # type: ignore[arg-type]
         slot = reader.name if reader.nested else "common"
@@ -178,25 +184,38 @@ class Engine:
         self._check_once(batch)
         if held is None or not self.reuse.every:
             return self._evaluate(batch, probe)
-        if self.reuse.open:
-            few = _few(batch)
-            self.reuse.locate(self.model, self.readers, lambda: self._uncounted(few, ()))
-        run, again = (functools.partial(f, batch, probe) for f in (self._evaluate, self._uncounted))
-        return self.reuse.evaluate(held, probe, run, again)
+        self._locate(batch)
+        run = functools.partial(self._evaluate, batch, probe)
+        return self.reuse.evaluate(held, probe, run, functools.partial(self._uncounted, run))
 
-    def together(self, batch: Batch, probes: Sequence[Probe], held: Held | None = None) -> list[Losses]:
-        """`losses` of several probes."""
-        return [self.losses(batch, probe, held) for probe in probes]
+    def together(
+        self, batch: Batch, probes: Sequence[Probe], held: Held | None = None, span: Span | None = None
+    ) -> list[Losses]:
+        """`losses` of several probes. Where examples have directions of their own, `span` says which examples of the step
+        these are; each is then evaluated alone, together counted as one forward a probe."""
+        return [self._apart(batch, probe, span) if varies([probe]) else self.losses(batch, probe, held) for probe in probes]
+
+    def _apart(self, batch: Batch, probe: Probe, span: Span | None) -> Losses:
+        before = self.forwards
+        found = one_by_one(self.losses, batch, probe, known(span))
+        self.forwards = before + 1
+        return found
+
+    def _locate(self, batch: Batch) -> None:
+        """Find the stack of layers, unless that was done."""
+        if self.reuse.open:
+            run = functools.partial(self._evaluate, _few(batch), ())
+            self.reuse.locate(self.model, self.readers, lambda: self._uncounted(run))
 
     def _evaluate(self, batch: Batch, probe: Probe) -> Losses:
         with self._evaluating(), self.displaced(probe, head=self.own_head):
             return self._losses(batch, self._seen_head(Displaced(probe)), head_nll)
 
-    def _uncounted(self, batch: Batch, probe: Probe) -> Losses:
+    def _uncounted(self, run: Callable[[], T]) -> T:
         """An evaluation that checks us, not one that was asked for."""
         counts = self.forwards, self.tokens
         try:
-            return self._evaluate(batch, probe)
+            return run()
         finally:
             self.forwards, self.tokens = counts
 
@@ -207,10 +226,10 @@ class Engine:
         for a model with an operation that has no forward mode.
         """
         self._check_once(batch)
-        if not self.jvps and (line := plain_kernels_notice(_unwrapped(self.model))) is not None:
+        if not self.jvps and (line := plain_kernels_notice(unwrapped(self.model))) is not None:
             log.warning(line)
         lens = Tangent(direction)
-        with self._evaluating(), differentiated(_unwrapped(self.model)), self._through(lens, head=self.own_head):
+        with self._evaluating(), differentiated(unwrapped(self.model)), self._through(lens, head=self.own_head):
             found = self._losses(batch, self._seen_head(lens), head_nll)
             nll, tangent = slopes(found.nll)
         self.jvps += 1
@@ -250,7 +269,7 @@ class Engine:
     def _losses(self, batch: Batch, head: Any, nll: Callable[[Tensor, Tensor, Any], Tensor]) -> Losses:
         """Losses through `head`, a `loss.Head`; it is not used where the model's own logits are."""
         if self.kind == "classification":
-            return _class_losses(self._forward(batch).logits, batch["labels"])
+            return _class_losses(self._forward(batch).logits, batch)
         where = targets(batch["labels"], self.kind)
         hidden, logits = self._hidden(batch, where)
         size = batch["labels"].shape[0]
@@ -261,7 +280,7 @@ class Engine:
             logits = choice_logits(hidden, choices, head) if logits is None else logits[:, choices]
             tokens = choice_index(tokens, choices)
         assert logits is not None
-        return grouped(Losses(logits_nll(logits, tokens), where.rows, size), batch)
+        return grouped(Losses(criterion_loss(logits, tokens, batch), where.rows, size), batch)
 
     def _seen_head(self, lens: Lens) -> Any:
         return LensedHead(self.head, lens, self.entry_of, self.scratch) if self._applies_head_itself() else None  # type: ignore[arg-type]
@@ -359,9 +378,10 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _class_losses(logits: Tensor, labels: Tensor) -> Losses:
+def _class_losses(logits: Tensor, batch: Batch) -> Losses:
+    labels = batch["labels"]
     rows = torch.arange(labels.shape[0], device=labels.device)
-    return Losses(logits_nll(logits, labels.view(-1)), rows, labels.shape[0])
+    return Losses(criterion_loss(logits, labels.view(-1), batch), rows, labels.shape[0])
 
 
 def _of_row(x: Tensor, where: Targets) -> Tensor:
@@ -378,19 +398,3 @@ def _few(batch: Batch) -> Batch:
         later = labelled.flatten().cumsum(0).view_as(labelled) > 4
         few["labels"] = few["labels"].masked_fill(later, IGNORE)
     return few
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model under PEFT's and accelerate's wrappers."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module  # type: ignore[assignment]
-        else:
-            return model
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(_unwrapped(model), "get_output_embeddings", None)
-    return getter() if getter is not None else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smidgen import noise
+from smidgen import noise, quantised
 from smidgen.config import ConfigError, notice
 from smidgen.fingerprint import state_sha256
 from smidgen.folder import INIT
@@ -69,13 +69,20 @@ def check_header(found: dict[str, Any], ours: dict[str, Any], where: Path) -> No
 
 
 def base_sha256(model: nn.Module) -> str:
-    """Hash of all weights of a model under canonical names, tuned or not."""
-    return state_sha256({canonical(n): p.detach() for n, p in model.named_parameters()})
+    """Hash of all weights of a model under canonical names, tuned or not; of quantised ones, codes and scales."""
+    state = {canonical(n): p.detach() for n, p in model.named_parameters()}
+    for prefix, module in quantised.layers(model).items():
+        state |= {canonical(f"{prefix}.{n}"): t for n, t in quantised.stored(module).items()}
+    return state_sha256(state)
 
 
 def weights_sha256(view: ParamView) -> str:
-    """Hash of the tuned tensors' bytes in name order."""
-    return state_sha256({e.name: e.storage for e in view})
+    """Hash of the tuned tensors' bytes in name order; of a weight that cannot be written, of its addend's."""
+    state: dict[str, torch.Tensor] = {}
+    for e in view:
+        held = {"": e.storage} if e.addend is None else {".left": e.addend.left, ".right": e.addend.right}
+        state |= {e.name + part: t for part, t in held.items()}
+    return state_sha256(state)
 
 
 def save_init(view: ParamView, fresh: Sequence[str], folder: Path) -> str:

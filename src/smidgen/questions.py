@@ -64,10 +64,11 @@ class Candidates:
 
 
 class Prompts:
-    """Prompts to be continued by generation, list-like: [i] is {"input_ids": tokens, "answers": accepted texts}.
+    """Prompts to be continued by generation, list-like: [i] is {"input_ids": tokens, "prompt": text, "answers": texts}.
 
-    answers: the example's `golds`, or its one answer. A prompt is cut at its left to max_length (None: as `encode` chooses
-    it), and so that an answer of `MAX_NEW_TOKENS` fits into the context after it. Raises DataError where there is no answer.
+    answers: what is accepted, the example's `golds` or its one answer. A prompt is cut at its left to max_length (None: as
+    `encode` chooses it), and so that an answer of `new_tokens` fits into the context after it. Raises DataError where there is
+    no answer, unless they are not `needed`.
     """
 
     def __init__(
@@ -78,12 +79,15 @@ class Prompts:
         max_length: int | None = None,
         *,
         context: int | None = None,
+        new_tokens: int = MAX_NEW_TOKENS,
+        needed: bool = True,
     ):
         self.answers = [_accepted(example, tokenizer) for example in examples]
+        self.texts = [question(example, tokenizer)[0] for example in examples]
         for index, answers in enumerate(self.answers):
-            if not answers:
+            if needed and not answers:
                 raise DataError(f"example {index + 1} has no answer to compare a generated one with")
-        room = None if context is None or kind != "causal" else max(2, context - MAX_NEW_TOKENS)
+        room = None if context is None or kind != "causal" else max(2, context - new_tokens)
         self.encoded: Encoded = encode_prompts(examples, tokenizer, kind)
         lengths = self.encoded.lengths
         limit = min(max_length or choose_max_length(lengths, room), room or max(lengths))
@@ -115,7 +119,7 @@ class Prompts:
     def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
             return [self[i] for i in range(*position.indices(len(self)))]
-        return {**self.encoded[position], "answers": self.answers[position]}
+        return {**self.encoded[position], "prompt": self.texts[position], "answers": self.answers[position]}
 
 
 def _accepted(example: Example | Chat, tokenizer: Any) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.config import ConfigError
 from smidgen.params import Entry, ParamView
 
 log = logging.getLogger("smidgen")
@@ -39,8 +40,8 @@ class Reader:
     nested: bool = False  # other readers run inside it, so its scratch is its own
 
     def nbytes(self) -> int:
-        """Bytes of its tensors, each aligned."""
-        return sum(aligned(e.tensor.numel() * e.tensor.element_size()) for e, _, _ in self.tensors)
+        """Bytes of its tensors that are displaced in scratch, each aligned."""
+        return sum(aligned(e.tensor.numel() * e.tensor.element_size()) for e, _, _ in self.tensors if e.addend is None)
 
 
 class _ReadOutsideError(RuntimeError):
@@ -110,8 +111,10 @@ class Readers:
             reader.nested = any(n != reader.name and n.startswith(prefix) for n in names)
 
     def _move_up(self, key: Key) -> str:
-        """Move one tensor to the parent of its reader; returns the parent's name."""
+        """Move one tensor to the parent of its reader; returns the parent's name. Raises ConfigError for a quantised one."""
         reader, item = next((r, t) for r in self for t in r.tensors if (id(t[1]), t[2]) == key)
+        if item[0].addend is not None:
+            raise ConfigError(f"{item[0].name} is quantised and read outside its layer: leave it out with scheme_args.only")
         if reader.module is self._model:
             module, name = None, "the whole evaluation"
         else:
@@ -194,3 +197,20 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (list, tuple)):
         for value in output:
             yield from _tensors(value)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model under PEFT's and accelerate's wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module  # type: ignore[assignment]
+        else:
+            return model
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits over the vocabulary, or None."""
+    getter = getattr(unwrapped(model), "get_output_embeddings", None)
+    return getter() if getter is not None else None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class Reuse:
         self._depths: dict[str, int] = {}  # of a tensor: the first layer that reads it, or _BEFORE
         self._wanted: set[int] = set()
         self._proven: set[int] = set()
+        self._shared: set[int] = set()  # depths below which one copy of the rows was found to be enough
         self._reason = ""
 
     def evaluate(self, held: Held, probe: Probe, run: Callable[[], Losses], again: Callable[[], Losses]) -> Losses:
@@ -95,6 +96,55 @@ class Reuse:
             return full
         self._proven.add(start)
         return found
+
+    def start(self, probes: Sequence[Probe]) -> int:
+        """The layer at which an evaluation of several probes can begin; 0: all layers have to run."""
+        if not self._layers or not self.every:
+            return 0
+        return max(0, min(map(self.depth, probes))) // self.every * self.every
+
+    @contextlib.contextmanager
+    def beginning(self, held: Held, start: int, copies: int, base: Callable[[], Any]) -> Iterator[None]:
+        """Inside this context a forward of so many copies of the rows begins at layer `start`. The hidden states that enter
+        it are those in `held`, or come from `base`, an evaluation of the rows at theta that ends there."""
+        state = held.get(start, self._version(start))
+        if state is None:
+            state = self._below(held, start, base)
+        with self._skipping(start, state.repeat(copies, *[1] * (state.ndim - 1))):
+            yield
+
+    def _below(self, held: Held, start: int, base: Callable[[], Any]) -> Tensor:
+        assert self._layers
+
+        def stop(*_: Any) -> None:
+            raise _ReachedError
+
+        with self._keeping(held, [start]), contextlib.suppress(_ReachedError):
+            handle = self._layers[start - 1].register_forward_hook(stop)  # after the one that keeps
+            try:
+                base()
+            finally:
+                handle.remove()
+        state = held.get(start, self._version(start))
+        assert state is not None
+        return state
+
+    def shared(self, start: int, equal: Callable[[], bool]) -> bool:
+        """Whether layers below may be run once for several copies of the rows; the first time `equal` compares both ways.
+
+        A product of more rows may round differently: equal means up to rounding. Where it is not, everything runs in full
+        from then on.
+        """
+        if start not in self._shared:
+            try:
+                same = equal()
+            except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):  # as in `evaluate`
+                same = False
+            if same:
+                self._shared.add(start)
+            else:
+                self._give_up(f"running the layers below {start} once for several probes changes the loss")
+        return start in self._shared
 
     def depth(self, probe: Probe) -> int:
         """The first layer that a probe changes: -1 for the embeddings, the number of layers for what follows them."""
@@ -157,12 +207,12 @@ class Reuse:
 
     def locate(self, model: nn.Module, readers: Iterable[Reader], run: Callable[[], Any]) -> None:
         """Find the stack and the depth of each tensor by watching `run`, one evaluation of a few rows."""
-        stacks = list(_stacks(model))
+        all_stacks = list(stacks(model))
         calls: list[tuple[int, int]] = []
         outputs: dict[tuple[int, int], Any] = {}
         reads: list[tuple[Reader, int]] = []  # and how many layers were done by then
         listed, handles = list(readers), []
-        for s, stack in enumerate(stacks):
+        for s, stack in enumerate(all_stacks):
             for i, layer in enumerate(stack):
                 handles.append(layer.register_forward_pre_hook(lambda *_, at=(s, i): calls.append(at)))
                 handles.append(layer.register_forward_hook(lambda _, __, out, at=(s, i): outputs.update({at: out})))
@@ -175,7 +225,7 @@ class Reuse:
             for handle in handles:
                 handle.remove()
         used = {s for s, _ in calls}
-        stack = stacks[used.pop()] if len(used) == 1 else []
+        stack = all_stacks[used.pop()] if len(used) == 1 else []
         outs = list(outputs.values())
         if (
             not stack
@@ -204,13 +254,17 @@ class Reuse:
             self._reason = ""
 
 
-def _stacks(module: nn.Module) -> Iterator[list[nn.Module]]:
+class _ReachedError(Exception):
+    """An evaluation has come as far as it was wanted."""
+
+
+def stacks(module: nn.Module) -> Iterator[list[nn.Module]]:
     """Outermost lists of two or more modules of one class."""
     for child in module.children():
         if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(layer) for layer in child}) == 1:
             yield list(child)
         else:
-            yield from _stacks(child)
+            yield from stacks(child)
 
 
 def _first(output: Any) -> Any:

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,34 @@ from typing import Any
 import torch
 import transformers
 
-from smidgen import __version__, activations, adapt, data, memory, models, presets
+from smidgen import __version__, activations, adapt, auto, data, head_start, memory, models, presets, quantised
 from smidgen import config_file as configuration
 from smidgen import folder as folders
 from smidgen.card import model_card
-from smidgen.config import ConfigError, Interrupted, MemoryRefused, RunConfig, UserError, notice
+from smidgen.chat import FORMS, give_form
+from smidgen.config import Interrupted, MemoryRefused, RunConfig, UserError, notice
 from smidgen.evaluate import HEADLINES, Evaluation, evaluation
-from smidgen.goal import GENERATED, choose_goal, prepare
+from smidgen.goal import GENERATED, choose_goal, failed, packable, prepare, reward_of, settled
 from smidgen.kinds import Kind, detect_kind, head_of
 from smidgen.moving import Moving
+from smidgen.pairs import PairEvaluation
 from smidgen.params import canonical
+from smidgen.progress import Progress, Say, line
 from smidgen.provenance import weights_sha256
-from smidgen.settings import activations_config, choose, memory_line, options_of, scheme_config, training_arguments
+from smidgen.settings import (
+    activations_config,
+    check_quantise,
+    choose,
+    count_rows,
+    memory_line,
+    options_of,
+    room,
+    scheme_config,
+    tokenizer_of,
+    training_arguments,
+)
 from smidgen.signals import Signals
 from smidgen.trainer import Trainer, method_config, uses_backward
-
-Say = Callable[[str], None]
 
 _EVAL_LENGTH = 1024  # tokens of a row in evaluation, unless training asks for more; chosen
 
@@ -44,6 +56,8 @@ class Loaded:
     tokenizer: Any
     kind: Kind
     context: int | None
+    asked: Kind | None = None  # of a readout: the kind whose prompts it reads; None: the raw text
+    drawn: Sequence[str] = ()  # tensors that the checkpoint did not hold
 
 
 def device() -> str:
@@ -61,27 +75,18 @@ def load(config: RunConfig, classes: int | None) -> Loaded:
         classes,
         device(),
         seed=config.seed % 2**63,
+        quantise=config.quantise,
         trust_remote_code=config.trust_remote_code,
     )
-    context = _room(models.context_length(model.config, tokenizer), options.positions, config.max_length)
+    if config.chat in FORMS:
+        give_form(tokenizer, config.chat)
+    context = room(models.context_length(model.config, tokenizer), options.positions, config.max_length)
     scheme = adapt.get(config.scheme)
-    adapted = scheme.build(
-        model, options, seed=config.seed % 2**63, fresh=[canonical(n) for n in models.fresh_parameters(model)]
-    )
-    return Loaded(adapted, tokenizer, kind, context)
-
-
-def _room(context: int | None, taken: int, asked: int | None) -> int | None:
-    """Positions of a model's context that its scheme leaves to rows. Raises ConfigError where there are not enough."""
-    if context is None or not taken:
-        return context
-    if context - taken < max(2, asked or 0):
-        rows = f" and max_length {asked}" if asked else ""
-        raise ConfigError(
-            f"{taken} virtual tokens{rows} do not fit the model's {context} positions: give fewer of them (scheme_args.tokens)"
-            + (f", or max_length at most {context - taken}" if context - taken >= 2 else "")
-        )
-    return context - taken
+    drawn = [canonical(n) for n in models.fresh_parameters(model)]
+    kind, asked = head_start.prepare(config, model, tokenizer, kind)
+    more = {"classes": classes} if head_start.fitted(config.scheme) else {}
+    adapted = scheme.build(model, options, seed=config.seed % 2**63, fresh=drawn, **more)
+    return Loaded(adapted, tokenizer, kind, context, asked, drawn)
 
 
 def say_aloud(line: str) -> None:
@@ -92,10 +97,12 @@ def say_aloud(line: str) -> None:
 def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) -> dict[str, Any]:
     """Train as configured and return the content of result.json. Everything that can be refused is refused before the
     folder is touched. Raises UserError, whose `exit_code` is the command's."""
-    config = folders.resumed(config) if config.resume else presets.fill(config, say)
+    config = folders.resumed(config) if config.resume else presets.fill(auto.resolve(config, say), say)
     scheme_config(config)
+    check_quantise(config)
     activations_config(config)
     method_config(config.method, config.preset, config.method_args)
+    reward_of(config)
     folder = Path(config.output) if config.output else folders.default_output(config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -103,14 +110,15 @@ def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) 
         folders.refuse_occupied(folder, config.force)
     say(memory_line(config, device()))
     corpus = data.open_corpus(config, notify=notice)
-    kind = _check_kind(config, corpus)
+    kind, asked = head_start.shown(config, _check_kind(config, corpus))
+    corpus = head_start.prompted(corpus, asked)
     goal = choose_goal(config, corpus, kind)
-    tokenizer = None
-    if config.chat == "model":  # its template renders the prompts
-        tokenizer = models.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    head_start.refuse(config, corpus, goal)
+    packed = packable(config, goal, kind, scheme_config(config).positions)
+    tokenizer = tokenizer_of(config) if config.chat == "model" else None  # its template renders the prompts
     examples = corpus.examples("train", kind, tokenizer)
     if not config.resume:
-        config = choose(config, len(examples), say)
+        config = choose(config, count_rows(config, examples, packed), say)
     arguments = training_arguments(config, folder)
     if dry_run:
         return {"status": "dry run", "output": str(folder), "rows": len(examples), "config": configuration.dump(config)}
@@ -123,7 +131,7 @@ def _check_kind(config: RunConfig, corpus: data.Corpus) -> Kind:
     found = models.load_config(config.model, trust_remote_code=config.trust_remote_code)
     kind = detect_kind(found, corpus.words is not None) if config.kind == "auto" else config.kind
     head_of(config.model, found, kind, trust_remote_code=config.trust_remote_code)
-    _room(models.context_length(found), scheme_config(config).positions, config.max_length)
+    room(models.context_length(found), scheme_config(config).positions, config.max_length)
     return kind
 
 
@@ -178,37 +186,6 @@ def _out_of_memory(config: RunConfig, error: BaseException) -> str:
     )
 
 
-class _Report(transformers.TrainerCallback):
-    """metrics.jsonl and one console line a log step; ends the run when a signal came."""
-
-    def __init__(self, folder: Path, signals: Signals, backward: bool, say: Say):
-        self.folder, self.signals, self.backward, self.say = folder, signals, backward, say
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folders.rewind_metrics(self.folder, state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        logs = {k: v for k, v in (logs or {}).items() if k != "total_flos"}
-        if "loss" in logs:
-            logs["mem/peak_mb"] = round(memory.peak() / 2**20, 1)
-        folders.append_metrics(self.folder, {"step": state.global_step, **logs})
-        if "loss" in logs or any(k.startswith("eval_") for k in logs):
-            self.say(f"step {state.global_step}/{state.max_steps}  " + line(logs))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.signals.received and state.global_step < state.max_steps:
-            control.should_training_stop = True
-            control.should_evaluate = control.should_log = False
-            control.should_save = self.backward
-
-
-def line(logs: dict[str, Any]) -> str:
-    """The measures of a log step that fit on a line."""
-    measures = ("loss", *(f"eval_{name}" for name in ("loss", "accuracy", "f1", "exact_match")))
-    shown = (*measures, "learning_rate", "grad_norm", "zo/projected_grad")
-    return "  ".join(f"{k} {logs[k]:.4g}" for k in shown if isinstance(logs.get(k), (int, float)))
-
-
 def _train(
     config: RunConfig,
     start: _Start,
@@ -240,7 +217,13 @@ def _train(
         context=loaded.context,
         position_ids=models.wants_position_ids(adapted.model),
         scoring=config.scoring,
+        packed=config.packing,
+        beta=corpus.beta,
+        reward=reward_of(config),
+        penalty=config.base_penalty,
+        new_tokens=config.max_new_tokens,
     )
+    prepared = settled(prepared, adapted.model, adapted.view, kind, config.train.per_device_eval_batch_size)
     policy, options = None, activations_config(config)
     if config.activations is not None:
         policy = activations.get(config.activations).build(adapted.model, options, view=adapted.view, seed=config.seed)
@@ -248,7 +231,8 @@ def _train(
     for remark in rows.notices:
         notice(remark)
     if config.max_length is None:
-        say(f"max_length = {rows.max_length}  (95th percentile of the training rows, capped)")
+        how = "what the model has room for, capped" if config.packing else "95th percentile of the training rows, capped"
+        say(f"max_length = {rows.max_length}  ({how})")
         config = configuration.with_values(config, {"max_length": rows.max_length})
     names = {"dev": "validation"} | ({"test": "test"} if corpus.has("test") else {})
     splits = {name: evaluation_of(config, corpus, loaded, split) for name, split in names.items()}
@@ -262,7 +246,7 @@ def _train(
         eval_dataset=splits["dev"].rows,  # type: ignore[arg-type]
         data_collator=prepared.collator,
         processing_class=tokenizer,
-        callbacks=[_Report(folder, signals, uses_backward(config.method), say)],
+        callbacks=[Progress(folder, signals, uses_backward(config.method), say)],
         method=config.method,
         preset=config.preset,
         method_args=options_of(config),
@@ -288,7 +272,7 @@ def _train(
         folders.write_text(
             folder / folders.RESOLVED, configuration.dump(configuration.with_values(config, {"output": str(folder)}))
         )
-    tuned, total = adapted.view.numel(), sum(p.numel() for p in adapted.model.parameters())
+    tuned, total = adapted.view.numel(), quantised.numel(adapted.model)
     steps = arguments.max_steps
     say(f"{config.method} on {tuned:,} of {total:,} weights ({kind}, {config.scheme}): {len(rows)} rows, {steps} steps")
     before = next((v["before"] for v in folders.metrics(folder) if "before" in v), None) if config.resume else None
@@ -297,6 +281,7 @@ def _train(
         folders.append_metrics(folder, {"step": 0, "before": before})
     say("before  " + line({f"eval_{k}": v for k, v in before.items()}))
     started, worked = time.perf_counter(), time.process_time()
+    first = head_start.begin(config, trainer, loaded, prepared, corpus, splits["dev"], say)
     trainer.train(resume_from_checkpoint=True if config.resume else None)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     if signals.received and trainer.state.global_step < arguments.max_steps:
@@ -317,10 +302,13 @@ def _train(
         "metric": next(name for name in HEADLINES if name in before),
         "objective": goal,
         "before": before,
+        **first,
         **after,
         "steps": trainer.state.global_step,
         "bad_steps": engine.bad_steps,
+        **({} if config.reward is None else {"reward_failed": failed(folder)}),
         "forwards": engine.forwards,
+        "evaluation_forwards": trainer.looks,
         "backwards": engine.backwards,
         "tokens": engine.tokens,
         "seconds": seconds,
@@ -348,11 +336,13 @@ def evaluation_of(
     *,
     batch_size: int | None = None,
     generated: bool = False,
-) -> Evaluation:
+    reference: Loaded | None = None,
+) -> Evaluation | PairEvaluation:
     """A split of a corpus, ready to be measured with a model; generated: answers are generated even where the task has
-    none of free text. Raises DataError and ConfigError as `smidgen.evaluate` does."""
-    return evaluation(
-        corpus,
+    none of free text; reference: of pairs, None: the model as it is. Raises DataError and ConfigError as `smidgen.evaluate`
+    does."""
+    found = evaluation(
+        head_start.prompted(corpus, loaded.asked),
         split,
         loaded.tokenizer,
         loaded.kind,
@@ -361,9 +351,15 @@ def evaluation_of(
         batch_size=batch_size or config.train.per_device_eval_batch_size,
         position_ids=models.wants_position_ids(loaded.adapted.model),
         scoring=config.scoring,
-        compared={"answer": False, "choice": True}.get(config.objective),
+        compared={"answer": False, "choice": True, "hinge": True}.get(config.objective),
         generated=generated or config.objective in GENERATED,
+        new_tokens=config.max_new_tokens,
+        reward=reward_of(config),
     )
+    if isinstance(found, PairEvaluation):
+        start = (reference or loaded).adapted
+        found.refer(start.model, start.view, loaded.kind)
+    return found
 
 
 def environment() -> dict[str, Any]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
+from pydantic import ValidationError
 
 from smidgen import activations, adapt, models, optim
 from smidgen import config_file as configuration
+from smidgen.chat import FORMS, give_form
 from smidgen.config import ConfigError, MemoryRefused, RunConfig, nearest
+from smidgen.encode import encode
+from smidgen.head_start import fitted
+from smidgen.packing import Packs, pack_length
 from smidgen.trainer import method_config, uses_backward
 
 
@@ -46,6 +51,12 @@ def choose(config: RunConfig, rows: int, say: Callable[[str], None]) -> RunConfi
     steps = train.max_steps
     if steps is None and train.num_train_epochs is not None:
         steps = max(1, math.ceil(train.num_train_epochs * math.ceil(rows / per_step)))
+    elif steps is None and fitted(config.scheme):
+        steps = 0
+        say(f"steps = 0  (scheme {config.scheme} is fitted; --steps tunes it further)")
+    elif steps is None and resolved.steps is not None:
+        steps = resolved.steps
+        say(f"steps = {steps}  (the budget of {config.method}: {resolved.budget} forwards, {resolved.population} a step)")
     elif steps is None and backward:
         steps = 3 * math.ceil(rows / per_step)
         say(f"steps = {steps}  (3 epochs of {rows} rows, {per_step} rows a step)")
@@ -63,6 +74,23 @@ def choose(config: RunConfig, rows: int, say: Callable[[str], None]) -> RunConfi
     return configuration.with_values(config, {**updates, "method_args": method})
 
 
+def tokenizer_of(config: RunConfig) -> Any:
+    """The model's tokenizer, with the form of `chat` as its template. Raises ConfigError."""
+    tokenizer = models.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, notify=lambda line: None)
+    if config.chat in FORMS:
+        give_form(tokenizer, config.chat)
+    return tokenizer
+
+
+def count_rows(config: RunConfig, examples: Sequence[Any], packed: bool) -> int:
+    """Rows of an epoch, to choose the number of steps by. Packed rows are encoded for that, unless steps are given."""
+    if not packed or config.train.max_steps is not None:
+        return len(examples)
+    tokenizer = tokenizer_of(config)
+    context = models.context_length(models.load_config(config.model, trust_remote_code=config.trust_remote_code), tokenizer)
+    return len(Packs(encode(examples, tokenizer, "causal", pack_length(config.max_length, context), context=context)))
+
+
 def scheme_config(config: RunConfig) -> Any:
     """The scheme's validated options. Raises ConfigError."""
     scheme = adapt.get(config.scheme)
@@ -72,8 +100,39 @@ def scheme_config(config: RunConfig) -> Any:
             raise ConfigError(f"scheme {config.scheme} has no option {name!r}; did you mean {nearest(name, known)!r}?")
     try:
         return scheme.Config(**config.scheme_args)
-    except ValueError as error:
-        raise ConfigError(f"scheme_args: {error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        rule = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        if not problem["loc"]:  # of several options together
+            raise ConfigError(f"scheme {config.scheme}: {rule}") from None
+        name = str(problem["loc"][0])
+        about = f"{known[name].description}; by default {known[name].default}"
+        raise ConfigError(f"scheme_args.{name} = {problem['input']!r}: {rule} ({about})") from None
+
+
+def room(context: int | None, taken: int, asked: int | None) -> int | None:
+    """Positions of a model's context that its scheme leaves to rows. Raises ConfigError where there are not enough."""
+    if context is None or not taken:
+        return context
+    if context - taken < max(2, asked or 0):
+        rows = f" and max_length {asked}" if asked else ""
+        raise ConfigError(
+            f"{taken} virtual tokens{rows} do not fit the model's {context} positions: give fewer of them (scheme_args.tokens)"
+            + (f", or max_length at most {context - taken}" if context - taken >= 2 else "")
+        )
+    return context - taken
+
+
+def check_quantise(config: RunConfig) -> None:
+    """Raise ConfigError for a quantised base that cannot be made here, or that the method would have to write."""
+    if config.quantise is None:
+        return
+    models.require_bitsandbytes(config.quantise)
+    if config.scheme == "full" and not optim.get(config.method).build.lazy:
+        raise ConfigError(
+            f"quantise = {config.quantise}: quantised weights cannot be written, and {config.method} writes all of them: take "
+            "a method with low-rank steps (lozo, fzoo, es), or tune an adapter (--scheme lora)"
+        )
 
 
 def activations_config(config: RunConfig) -> Any:
@@ -134,7 +193,9 @@ def training_arguments(config: RunConfig, folder: Path) -> transformers.Training
 
 def memory_line(config: RunConfig, device: str) -> str:
     """Estimated bytes of the weights against free memory, before loading. Raises MemoryRefused when they cannot fit."""
-    weights = models.weights_bytes(config.model, config.dtype, device, trust_remote_code=config.trust_remote_code)
+    weights = models.weights_bytes(
+        config.model, config.dtype, device, quantise=config.quantise, trust_remote_code=config.trust_remote_code
+    )
     free = models.available_memory(device)
     text = f"memory: weights {weights / 2**30:.2f} GiB, free {free / 2**30:.1f} GiB"
     if weights > free and not config.force:

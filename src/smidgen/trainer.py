@@ -24,17 +24,18 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from smidgen import journal, optim
+from smidgen import journal, optim, quantised
 from smidgen import presets as published
 from smidgen.batched import BatchedEngine
 from smidgen.config import ConfigError, Diverged, nearest, notice
 from smidgen.folder import JOURNAL
 from smidgen.moving import MovingMixin
-from smidgen.objective import CalledObjective, ModelObjective, Objective, Recorded, Reduced, Replayed
+from smidgen.objective import CalledObjective, ModelObjective, Objective, Recorded, Replayed
 from smidgen.optim._optimizer import Optimizer
 from smidgen.params import ParamView
 from smidgen.probing import Batch, Engine
 from smidgen.provenance import base_sha256, check_header, header, load_init, save_init
+from smidgen.ranks import Reduced
 
 log = logging.getLogger("smidgen")
 
@@ -59,22 +60,13 @@ def method_config(method: str, preset: str | None, options: dict[str, Any]) -> A
         return module.Config(**values)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise ConfigError(f"{method}: option {problem['loc'][0]!r} = {problem['input']!r}: {problem['msg']}") from None
+        of = f"option {problem['loc'][0]!r} = {problem['input']!r}: " if problem["loc"] else ""  # else of several together
+        raise ConfigError(f"{method}: {of}{problem['msg'].removeprefix('Value error, ')}") from None
 
 
 def uses_backward(method: str) -> bool:
     """Whether a method back-propagates; such a run resumes from checkpoints and has no journal."""
     return "backward" in _optimizer_class(optim.get(method)).uses
-
-
-def _refuse_quantised(method: str, model: Any) -> None:
-    """Raise ConfigError where back-propagation would have to tune quantised weights."""
-    base = getattr(model, "is_quantized", False) or getattr(getattr(model, "base_model", None), "is_quantized", False)
-    if base and not hasattr(model, "peft_config"):
-        raise ConfigError(
-            f"{method} back-propagates, and the weights of this base are quantised and have no gradient: tune an adapter "
-            "(--scheme lora), or take a method without back-propagation"
-        )
 
 
 def _optimizer_class(module: Any) -> type[Optimizer]:
@@ -116,9 +108,11 @@ class ForwardOnlyMixin:
     ):
         self.method = method or self.method
         self.backward = uses_backward(self.method)
-        if self.backward:
-            _refuse_quantised(self.method, kwargs.get("model", args[0] if args else None))
-        super().__init__(*args, **kwargs)
+        given = kwargs.get("model", args[0] if args else None)
+        if self.backward and (view is None or any(e.addend for e in view)):
+            quantised.refuse_backward(self.method, given)
+        with quantised.admitted(given):
+            super().__init__(*args, **kwargs)
         training = self.args  # type: ignore[attr-defined]
         options = {"seed": training.seed, **self.method_args, **(method_args or {})}
         if "lr" not in options and (preset or self.preset) is None and training.learning_rate != _default_lr():
@@ -175,7 +169,8 @@ class ForwardOnlyMixin:
         if self._activations is not None and resume:
             self._activations.load(Path(resume))
         try:
-            output = super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
+            none = self.args.max_steps == 0  # type: ignore[attr-defined] # transformers would take it for "not given"
+            output = None if none else super().train(resume_from_checkpoint=resume, **kwargs)  # type: ignore[misc]
             self.stepper.merge_()
             return output
         finally:
@@ -362,21 +357,24 @@ class Trainer(MovingMixin, ForwardOnlyMixin, transformers.Trainer):  # type: ign
     def __init__(self, *args: Any, evaluation: Any = None, build: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._evaluation, self.build = evaluation, build
-        self._measured: dict[int, tuple[int, dict[str, float]]] = {}
+        self.looks = 0  # forwards of evaluations so far
+        self._measured: dict[int, tuple[Any, dict[str, float]]] = {}
 
     def measure(self, evaluation: Callable[..., dict[str, float]]) -> dict[str, float]:
         """An evaluation at theta + offset, made once a step; its forwards are not counted as the run's."""
         self.create_optimizer()
         assert self.engine is not None
-        step = self.stepper.t
+        step = self.stepper.t, sum(entry.version for entry in self.stepper.view)
         if self._measured.get(id(evaluation), (None, None))[0] == step:
             return self._measured[id(evaluation)][1]
         counted = self.engine.forwards, self.engine.tokens
         try:
-            found = evaluation(self.engine, self.stepper.offset())
+            with self.resting():
+                found = evaluation(self.engine, self.stepper.offset())
             self._measured[id(evaluation)] = (step, found)
             return found
         finally:
+            self.looks += self.engine.forwards - counted[0]
             self.engine.forwards, self.engine.tokens = counted
 
     def mark_end(self) -> None:

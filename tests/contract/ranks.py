@@ -8,9 +8,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import batch, make
 from smidgen import optim
-from smidgen.objective import ModelObjective, Reduced
+from smidgen.objective import ModelObjective
 from smidgen.params import ParamView
 from smidgen.probing import Engine
+from smidgen.ranks import Reduced
 
 torch.set_num_threads(1)
 folder, methods = Path(sys.argv[1]), sys.argv[2].split(",")

@@ -42,7 +42,7 @@ class Spy:
         self.probes.extend(probes)
         return self.inner.losses(probes, each=each)
 
-    def input_squares(self, names):
+    def input_squares(self, names, onto=None):
         self.asked += 1
         return self.inner.input_squares(names)
 
@@ -349,7 +349,7 @@ def test_a_first_step_without_finite_inputs_writes_nothing_and_the_next_one_rank
     opt = ZOSparse(view, mask="wanda", lr=1e-3)
 
     class Broken(Spy):
-        def input_squares(self, names):
+        def input_squares(self, names, onto=None):
             return {n: s * math.nan for n, s in self.inner.input_squares(names).items()}
 
     objective = ModelObjective(engine, [batch(kind)])

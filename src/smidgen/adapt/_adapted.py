@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,6 +42,14 @@ class Adapted(Protocol):
 
         Raises ConfigError with the reason where no plain model computes the same.
         """
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """An Adapted that is another model while it trains than when it is evaluated."""
+
+    def resting(self) -> AbstractContextManager[None]:
+        """Inside this context it is the latter."""
 
 
 @runtime_checkable

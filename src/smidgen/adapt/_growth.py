@@ -4,18 +4,21 @@ In its first update the largest entries of |dW| are found, block by block as dW 
 in the others the gradients of these candidates alone. Sums run over updates, not over micro-batches: over the gradient
 that the optimizer sees, clipping included. An update of one micro-batch, of which dW is known, counts in the sums itself;
 of several, their largest entries are merged (a sum where both list an entry) and the sums start with the next update,
-equally for all candidates. A bad update is left out.
+equally for all candidates. A bad update is left out. Ranks are like micro-batches: their lists are merged in the order of
+ranks, their gradients of the candidates added, so that all ranks hold the same.
 
 Memory: 12 bytes a candidate and its position; one block of dW while it is made.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from smidgen.adapt import _ranks
 from smidgen.adapt._sparse_gradient import products, row_blocks, spans
 from smidgen.adapt._support import members, top
 
@@ -83,15 +86,18 @@ class Phase:
     def commit(self, scale: float) -> None:
         """The update was written, its gradient scaled (clipped) by `scale`."""
         if self.index is not None and self.fresh is not None and self.total is not None and self.square is not None:
+            _ranks.add_(self.fresh)
             self.fresh *= scale
             self.total += self.fresh
             self.square.addcmul_(self.fresh, self.fresh)
             self.fresh.zero_()
             self.counted += 1
         elif self.picked is not None and self.value is not None:
-            self.index = self.picked
-            exact = self.value * scale if self.micro == 1 else torch.zeros_like(self.value)
-            self.total, self.square, self.counted = exact, exact * exact, int(self.micro == 1)
+            lists = _ranks.gathered((self.picked, self.value))
+            known = len(lists) == 1 and self.micro == 1
+            self.index, value = functools.reduce(lambda one, other: merged(one, other, self.size), lists)
+            exact = value * scale if known else torch.zeros_like(value)
+            self.total, self.square, self.counted = exact, exact * exact, int(known)
             self.fresh, self.picked, self.value = torch.zeros_like(exact), None, None
         self.micro = 0
 

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 
-def wrapped(model: nn.Module, config: Any) -> Any:
-    """PEFT's model around `model`. PEFT asks for a property that transformers has renamed; its user cannot change that."""
-    import peft
-
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT asks for a property that transformers has renamed; its user cannot change that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def wrapped(model: nn.Module, config: Any) -> Any:
+    """PEFT's model around `model`."""
+    import peft
+
+    with _quiet():
         return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def with_adapter(model: nn.Module, folder: Path) -> Any:
+    """PEFT's model around `model` with the adapter files of a folder. Raises PEFT's errors where they do not fit."""
+    import peft
+
+    with _quiet(), torch.random.fork_rng(devices=[]):  # PEFT draws factors that are written over
+        return peft.PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
 
 
 def new_modules(model: nn.Module, fresh: set[str]) -> list[str]:

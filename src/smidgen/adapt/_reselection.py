@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from smidgen.adapt import _ranks
 from smidgen.adapt._growth import Exchange, Found, Phase, Seeds, exchange
 from smidgen.adapt._published import PublishedPhase
 from smidgen.adapt._sparse import Site
@@ -89,10 +90,14 @@ class Reselection:
         if self.growth != "ag" or not self.schedule.collects(update):
             return
         for site in self.sites.values():
-            k = site.index.numel()
+            k = len(site.support)
             wanted = int(self.schedule.largest(update) * k)
             if site.phase is None and wanted:
                 site.phase = self.phase(k if self.old else min(k, math.ceil(self.candidates * wanted)))
+
+    def check(self) -> None:
+        """Raise UserError where ranks tune other entries."""
+        _ranks.checked({name: (site.index,) for name, site in self.sites.items()})
 
     def phase(self, size: int) -> Phase:
         """A new phase with so many candidates."""
@@ -109,27 +114,28 @@ class Reselection:
         if self.schedule.closes(self.t):
             p = self.schedule.fraction(self.t, steps)
             for name, site in self.sites.items():
-                self._select(optimizer, name, site, int(p * site.index.numel()))
+                self._select(optimizer, name, site, int(p * len(site.support)))
                 site.phase = None
+            self.check()
         self.open()
 
     @torch.no_grad()
     def _select(self, optimizer: Follows, name: str, site: Site, count: int) -> None:
-        delta, found = site.delta.detach(), None
+        index, delta, found = site.index, site.delta.detach(), None
         if self.growth == "ma":
             assert isinstance(optimizer, Scores)
-            grown = largest_products(*optimizer.scores(name), count, site.index.long())
+            grown = largest_products(*optimizer.scores(name), count, index.long())
         else:
             found = None if site.phase is None else site.phase.found()
             if found is None:
                 return
-            kept = torch.ones_like(site.index, dtype=torch.bool)
+            kept = torch.ones_like(index, dtype=torch.bool)
             kept[top(-delta.abs(), count)] = False
-            open_to = (~members(found.index, site.index[kept])).nonzero()[:, 0]
+            open_to = (~members(found.index, index[kept])).nonzero()[:, 0]
             grown = found.index[open_to[top(found.score[open_to], count)]]
         if not len(grown):
             return
-        change = exchange(site.index, delta, grown, count)
+        change = exchange(index, delta, grown, count)
         site.move(change.index)
         self.view.restore({name: torch.where(change.origin >= 0, delta[change.origin], 0.0)})
         optimizer.reselect(name, change.origin, None if found is None else _of_new(found, change))

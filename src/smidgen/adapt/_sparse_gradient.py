@@ -6,9 +6,9 @@ left [T, o] and right [T, i] are the two factors of a linear layer's weight grad
 - `gathered`: row blocks of dW by matrix products, of which the wanted entries are kept. As many multiplications as dW;
   memory one block (4 MB in float32). Any device and dtype.
 - `sampled`: one dot product an entry, T multiplications each; a numba kernel, CPU only, float32 arithmetic on transposed
-  float32 copies of both factors (4 T (o + i) bytes).
+  float32 copies of both factors, made for some tokens at a time (1 KB a row and a column).
 
-`products` takes the faster one, by density and tokens alone, so that a run always takes the same.
+`products` takes the faster one, by shapes and dtypes alone, so that a run always takes the same.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from smidgen.linear import linear
+
 BLOCK = 1 << 20  # entries of a block of rows; chosen: 4 MB in float32
 
-# Entries a thousand up to which dot products win on a CPU: 2 % cost 0.1 to 0.2 of the dense product at 512 and 2048 tokens, 0.6
-# at the worst shape (a prototype on two cores), and both grow with the tokens; above, benchmarks/sparse_gradient.py decides.
-_SAMPLED_PER_MILLE = 30
+TOKENS = 256  # of which `sampled` makes copies at a time: rows of them stay in a core's cache; measured
+
+# Entries a thousand up to which dot products win on a CPU, as benchmarks/sparse_gradient.py measures: at 100 they cost 0.3 to
+# 0.95 of the dense product for 128 to 4096 tokens (one Zen 5 core), at 20 0.1 to 0.3. Part of the code, so that runs agree.
+_SAMPLED_PER_MILLE = 100
 
 
 def row_blocks(left: Tensor, right: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -32,7 +36,7 @@ def row_blocks(left: Tensor, right: Tensor) -> Iterator[tuple[int, Tensor]]:
     rows, columns = left.shape[1], right.shape[1]
     step = max(1, BLOCK // columns)
     for first in range(0, rows, step):
-        yield first * columns, (left[:, first : first + step].t() @ right).view(-1)
+        yield first * columns, linear(left[:, first : first + step].t(), right.t(), None).view(-1)
 
 
 def gathered(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
@@ -58,10 +62,11 @@ def sampled(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
 
     from smidgen.adapt._dots import dots
 
-    out = torch.empty(index.numel(), dtype=torch.float32)
+    out = torch.zeros(index.numel(), dtype=torch.float32)
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    a, b = (m.t().to(torch.float32, memory_format=torch.contiguous_format).contiguous() for m in (left, right))
-    dots(a.numpy(), b.numpy(), index.numpy(), out.numpy())
+    for first in range(0, left.shape[0], TOKENS):
+        a, b = (m[first : first + TOKENS].t().float().contiguous() for m in (left, right))
+        dots(a.numpy(), b.numpy(), index.numpy(), out.numpy())
     return out
 
 

@@ -41,22 +41,23 @@ def write(base: nn.Module, sites: Mapping[str, Site], heads: Sequence[str], fold
     for name, site in sites.items():
         layer: Any = wrapped.get_submodule(f"base_model.model.{name}")
         if form == "peft-supertuning":
-            layer.supertuning_indices["default"] = site.index.to(torch.int32).clone()
-            layer.supertuning_values["default"].data.copy_(site.delta.detach())
+            index, delta = site.everything()
+            layer.supertuning_indices["default"] = index.to(torch.int32)
+            layer.supertuning_values["default"].data.copy_(delta)
         else:  # torch.where gives the positions of its mask in our order
-            layer.shira_weight["default"].data.copy_(site.delta.detach())
+            layer.shira_weight["default"].data.copy_(site.everything()[1])
     wrapped.save_pretrained(str(folder))
 
 
 def _mask(site: Site, weight: Tensor) -> Tensor:
     mask = torch.zeros_like(weight)
-    mask.view(-1)[site.index] = 1
+    mask.view(-1)[site.everything()[0]] = 1
     return mask
 
 
 def _sparsity(sites: Mapping[str, Site]) -> float:
     """One sparsity that gives every matrix its number of deltas."""
-    numbers = [(site.index.numel(), site.weight.numel()) for site in sites.values()]
+    numbers = [(len(site.everything()[0]), site.weight.numel()) for site in sites.values()]
     low, high = max(k / n for k, n in numbers), min((k + 1) / n for k, n in numbers)
     sparsity = 1 - (low + high) / 2
     if any(int(n * (1 - sparsity)) != k for k, n in numbers):
@@ -69,7 +70,7 @@ def _sparsity(sites: Mapping[str, Site]) -> float:
 
 def _rank(sites: Mapping[str, Site]) -> int:
     """The r with k = r (rows + columns) in every matrix."""
-    found = {site.index.numel() / sum(site.support.shape) for site in sites.values()}
+    found = {len(site.everything()[0]) / sum(site.support.shape) for site in sites.values()}
     rank = round(min(found))
     if found != {float(rank)}:
         raise ConfigError(

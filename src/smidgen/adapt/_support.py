@@ -1,4 +1,4 @@
-"""Which entries of a matrix a sparse scheme tunes: drawn at random, the largest scores, the largest products.
+"""Which entries of a matrix a sparse scheme tunes: at random, by score, by magnitude, in lines, by products of scores.
 
 Positions are flat, row-major, int64 and sorted. Whatever is picked is a pure function of its arguments: among equal scores
 the smaller positions win, on every device and with any number of threads.
@@ -52,6 +52,28 @@ def top(score: Tensor, count: int) -> Tensor:
     above = score > last
     ties = (score == last).nonzero()[:, 0][: count - int(above.sum())]
     return torch.cat([above.nonzero()[:, 0], ties]).sort().values
+
+
+def by_magnitude(weight: Tensor, count: int, *, largest: bool) -> Tensor:
+    """The `count` entries of the largest, or smallest, |w|; of equal ones those that come first. O(size) memory."""
+    size = weight.detach().reshape(-1).float().abs()
+    return top(size if largest else -size, count)
+
+
+def below(weight: Tensor, threshold: float) -> Tensor:
+    """The entries with |w| < threshold."""
+    return (weight.detach().reshape(-1).abs() < threshold).nonzero()[:, 0]
+
+
+def in_lines(shape: tuple[int, int], count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The main diagonal, then whole rows spread evenly over the matrix, the last of them in part."""
+    rows, columns = shape
+    diagonal = torch.arange(min(rows, columns), device=device)[:count] * (columns + 1)
+    missing = count - len(diagonal)
+    lines = min(rows, -(-missing // (columns - 1))) if columns > 1 else rows
+    chosen = torch.arange(lines, device=device) * rows // max(1, lines)
+    inside = (chosen[:, None] * columns + torch.arange(columns, device=device)).flatten()
+    return torch.cat([diagonal, inside[~members(inside, diagonal)][:missing]]).sort().values
 
 
 def members(some: Tensor, all_of: Tensor) -> Tensor:

@@ -10,8 +10,6 @@ the last virtual one; ours has the same labels under every scheme.) Where attent
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from smidgen import noise
 from smidgen.adapt._peft import load_adapter, new_modules, wrapped
+from smidgen.adapt._place import Place, seen, try_inside
 from smidgen.config import ConfigError
 from smidgen.noise import philox
 from smidgen.params import ParamView, tensor_id
@@ -57,8 +56,11 @@ def random_normal(seed: int, shape: Sequence[int]) -> Tensor:
 class Virtual:
     """A model with virtual tokens; a new classification head is tuned whole beside them."""
 
-    def __init__(self, model: nn.Module, config: Any, init: Callable[[], Tensor], fresh: Sequence[str]):
-        """`config`: PEFT's, without its task; `init`: the values of the embedding matrix."""
+    def __init__(
+        self, model: nn.Module, config: Any, init: Callable[[], Tensor], fresh: Sequence[str], place: Place | None = None
+    ):
+        """`config`: PEFT's, without its task; `init`: the values of the embedding matrix; `place`: where causal models see the
+        virtual tokens, None: before the row."""
         kind = kind_of(model)
         config.task_type = _TASKS[kind]
         heads = new_modules(model, set(fresh))
@@ -74,7 +76,9 @@ class Virtual:
             parameter.requires_grad_(parameter is matrix or new)
         _try_out(self.model, matrix, kind)
         if kind == "causal":
-            _count_positions(model)
+            seen(model, place or Place())
+            if place is not None and place.position:
+                try_inside(self.model, matrix, place.tokens)
         self.view = ParamView.of_model(self.model)
         self.fresh = list(self.view.entries)
 
@@ -88,24 +92,6 @@ class Virtual:
 
     def merged(self) -> nn.Module:
         raise ConfigError("virtual tokens are inputs, not weights, and cannot be merged into a model: export the adapter")
-
-
-def _count_positions(base: nn.Module) -> None:
-    """Let a causal model count positions over its attention mask wherever it is given none."""
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        return
-    # PEFT says, for every batch, that it drops the positions which the hook below puts back
-    warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
-
-    def count(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mask = given.get("attention_mask")
-        if given.get("position_ids") is None and isinstance(mask, Tensor) and mask.ndim == 2:
-            row = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-            if row is not None:
-                given["position_ids"] = (mask.long().cumsum(1) - 1).clamp_(min=0)[:, -row.shape[1] :]
-        return args, given
-
-    base.register_forward_pre_hook(count, with_kwargs=True)
 
 
 def _try_out(model: nn.Module, matrix: Tensor, kind: str) -> None:

@@ -1,6 +1,9 @@
 """Full fine-tuning: every weight of the model is tuned.
 
 State: none beyond the method's. Saved as the whole model in safetensors.
+
+Over a quantised base nothing is written to it: its matrices are tuned by methods with low-rank steps, what these accumulate is
+the adapter that is saved, in PEFT's format, and all other tensors are frozen; see `_over_quantised`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from pathlib import Path
 from pydantic import Field
 from torch import nn
 
+from smidgen import quantised
 from smidgen.adapt._adapted import SchemeConfig
+from smidgen.adapt._over_quantised import OverQuantised
 from smidgen.config import ConfigError
 from smidgen.params import ParamView, canonical
 
@@ -56,6 +61,6 @@ class Full:
         return self.model
 
 
-def build(model: nn.Module, config: Config, *, seed: int = 0, fresh: Sequence[str] = ()) -> Full:
+def build(model: nn.Module, config: Config, *, seed: int = 0, fresh: Sequence[str] = ()) -> Full | OverQuantised:
     """Tune all weights of `model`; `fresh` names the tensors that the checkpoint did not hold (a new head)."""
-    return Full(model, config, fresh)
+    return OverQuantised(model, config.only, fresh) if quantised.layers(model) else Full(model, config, fresh)

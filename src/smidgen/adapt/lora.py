@@ -7,19 +7,14 @@ Bytes: r (m + n) weights for an m x n matrix, in float32. Saved in PEFT's own fo
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from smidgen.adapt._adapted import SchemeConfig
-from smidgen.adapt._peft import load_adapter, new_modules, wrapped
+from smidgen.adapt._lora import Adapters
 from smidgen.config import ConfigError, notice
-from smidgen.params import ParamView
 
 status = "experimental"
 
@@ -42,41 +37,17 @@ class Config(SchemeConfig):
     )
 
 
-class LoRA:
-    """A model with LoRA adapters; a new classification head is tuned whole beside them."""
-
-    def __init__(self, model: nn.Module, config: Config, seed: int, fresh: Sequence[str]):
-        import peft
-
-        heads = new_modules(model, set(fresh))
-        options: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
-        if heads:
-            options["modules_to_save"] = heads
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                self.model = wrapped(model, peft.LoraConfig(target_modules=config.target_modules, **options))
-            except ValueError as error:
-                if config.target_modules is not None:
-                    raise ConfigError(f"scheme_args.target_modules: {error}") from None
-                notice("PEFT names no LoRA targets for this model type: adapting all linear layers")
-                self.model = wrapped(model, peft.LoraConfig(target_modules="all-linear", **options))
-        self.view = ParamView.of_model(self.model)
-        self.fresh = list(self.view.entries)
-
-    def save(self, folder: Path) -> None:
-        """PEFT's adapter files."""
-        self.model.save_pretrained(str(folder))  # type: ignore[operator]
-
-    def load(self, folder: Path) -> None:
-        """Read adapter files into the tuned tensors."""
-        load_adapter(self.model, folder)
-
-    def merged(self) -> nn.Module:
-        """A copy of the base model with the product merged in; costs one copy of the model."""
-        return copy.deepcopy(self.model).merge_and_unload()  # type: ignore[operator]
-
-
-def build(model: nn.Module, config: Config, *, seed: int = 0, fresh: Sequence[str] = ()) -> LoRA:
+def build(model: nn.Module, config: Config, *, seed: int = 0, fresh: Sequence[str] = ()) -> Adapters:
     """Freeze `model` and add adapters; A is drawn from `seed` without touching the global RNG."""
-    return LoRA(model, config, seed, fresh)
+
+    def targets(wrap: Callable[..., nn.Module]) -> nn.Module:
+        try:
+            return wrap(target_modules=config.target_modules)
+        except ValueError as error:
+            if config.target_modules is not None:
+                raise ConfigError(f"scheme_args.target_modules: {error}") from None
+            notice("PEFT names no LoRA targets for this model type: adapting all linear layers")
+            return wrap(target_modules="all-linear")
+
+    options = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    return Adapters(model, options, seed, fresh, targets)

@@ -4,9 +4,10 @@ For a matrix W [m, n], with a right factor V [n, r] drawn every `interval` steps
 
     theta = W + L V^T;  L <- L - lr * (the method's combination of A_t)
 
-W is written at a refresh only: it takes up L V^T, and L starts anew. The probes of a step, W + (L +- eps A_t) V^T, are
-evaluated in one batched forward as thin products beside the frozen one (`smidgen.batched`). Tensors that are no matrices are
-displaced by dense noise and written in every step. Weight decay multiplies W and L at once and costs a pass over the weights.
+W is written at a refresh only: it takes up L V^T, and L starts anew (subzero sums a core between two bases in the same way).
+The probes of a step, W + (L +- eps A_t) V^T, are evaluated in one batched forward as thin products beside the frozen one
+(`smidgen.batched`). Tensors that are no matrices are displaced by dense noise and written in every step. Weight decay
+multiplies W and L at once and costs a pass over the weights.
 
 State: L, 4 r bytes a row of each matrix. Direction: `smidgen.lowrank.LowRank`, with entries of unit variance.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from smidgen.config import ConfigError
 from smidgen.directions import Dense, Distribution, Probe
-from smidgen.lowrank import Accumulated, LowRank, is_matrix, matrices, rank_of
+from smidgen.lowrank import Accumulated, Factored, LowRank, is_matrix, matrices, rank_of
 from smidgen.objective import Objective
 from smidgen.optim._values import Estimate, ScaledConfig, ValueOptimizer
 
@@ -34,8 +35,14 @@ class LazyConfig(ScaledConfig):
         2, description="2: central difference; 1: forward difference with one shared base"
     )
     distribution: Distribution = Field("gaussian", description="entries of the factors: gaussian, or rademacher (+-1)")
+    usual_rank: ClassVar[int] = 2  # where rank is left open
     rank: int = Field(2, ge=1, description="rank r of a direction; in a smaller matrix its smaller side")
     interval: int = Field(50, ge=1, description="steps for which the right factors are kept, nu")
+
+
+def rank_in(config: LazyConfig) -> int:
+    """The rank that was asked for, or the method's usual one."""
+    return config.usual_rank if config.rank is None else config.rank  # type: ignore[redundant-expr]
 
 
 class Shaped:
@@ -52,37 +59,51 @@ class Shaped:
 
 
 class LazyOptimizer(ValueOptimizer):
-    """Base of these methods. A subclass writes `_step`, from `shaped_estimate`, `move_rest_`, `pull_` and `refresh_`."""
+    """Base of these methods. A subclass writes `_step`, from `shaped_estimate`, `descend_`, `pull_` and `refresh_`.
+
+    A rank that no matrix has is refused where it was asked for. `views` are the shapes of which a rank can be asked.
+    """
 
     lazy: ClassVar[bool] = True
 
     def __init__(self, params: Any, config: LazyConfig):
         super().__init__(params, config)
+        self.rank = rank_in(config)
         self.shapes = matrices(self.view)
+        self.views = {name: self.viewed(shape, config) for name, shape in self.shapes.items()}
         self.device = next(iter(self.view)).tensor.device
         self.subspace = 0  # step at which V was drawn
-        widest = max((min(shape) for shape in self.shapes.values()), default=0)
+        widest = max((min(shape) for shape in self.views.values()), default=0)
         if not widest:
             raise ConfigError("no tuned tensor is a matrix: take zo_sgd, or another scheme")
-        if config.rank > widest:
+        if config.rank is not None and config.rank > widest:
             raise ConfigError(
                 f"rank = {config.rank}, and the tuned matrices have at most {widest} rows or columns: take a smaller rank"
             )
 
-    def shaped(self, z: Dense) -> LowRank:
+    @staticmethod
+    def viewed(shape: tuple[int, int], config: Any) -> tuple[int, int]:
+        """The shape as which a matrix is seen."""
+        return shape
+
+    def shaped(self, z: Dense) -> Factored:
         """The low-rank direction at the address of a dense one."""
-        rank, subspace = self.config.rank, self.subspace
+        rank, subspace = self.rank, self.subspace
         return LowRank(z.seed, z.step, z.query, z.ids, self.shapes, rank, subspace, self.device, z.distribution)
 
     def subspace_of(self, step: int) -> LowRank:
         """A direction whose right factors are those drawn at a step."""
         cfg = self.config
-        return LowRank(cfg.seed, 0, 0, self.view.ids, self.shapes, cfg.rank, step, self.device, cfg.distribution)
+        return LowRank(cfg.seed, 0, 0, self.view.ids, self.shapes, self.rank, step, self.device, cfg.distribution)
 
     def offset(self) -> Probe:
         """L V^T, what the matrices have moved since the last refresh."""
-        held = {n: s["left"] for n in self.shapes if "left" in (s := self.state[self.view[n].tensor])}
+        held = self.held("left")
         return [(Accumulated(held, self.subspace_of(self.subspace)), 1.0)] if held else ()
+
+    def held(self, key: str) -> dict[str, Tensor]:
+        """State of the matrices that have it."""
+        return {n: s[key] for n in self.shapes if key in (s := self.state[self.view[n].tensor])}
 
     def shaped_estimate(self, objective: Objective) -> Estimate:
         """The estimate along low-rank directions at theta."""
@@ -93,14 +114,32 @@ class LazyOptimizer(ValueOptimizer):
         tensor = self.view[name].tensor
         state = self.state[tensor]
         if key not in state:
-            shape = self.shapes[name]
-            state[key] = torch.zeros(shape[0], rank_of(shape, self.config.rank), device=tensor.device)
+            state[key] = torch.zeros(self.held_shape(name), device=tensor.device)
         return state[key]
+
+    def held_shape(self, name: str) -> tuple[int, int]:
+        """Shape of what a matrix accumulates."""
+        shape = self.shapes[name]
+        return shape[0], rank_of(shape, self.rank)
+
+    def coordinates(self, z: Factored, name: str) -> Tensor:
+        """What a direction adds to what accumulates, A_t."""
+        return z.left(name)
 
     def pull_(self, name: str, g: Estimate, scale: float, onto: Tensor) -> None:
         """onto += scale * (1/q) sum_i c_i A_i."""
         for z, weight in g.along(scale):
-            onto.add_(self.shaped(z).left(name), alpha=weight)  # type: ignore[arg-type]
+            onto.add_(self.coordinates(self.shaped(z), name), alpha=weight)  # type: ignore[arg-type]
+
+    def descend_(self, g: Estimate) -> None:
+        """theta <- decay * theta - lr * g_hat, then the refresh if it is due."""
+        cfg = self.config
+        self.decay_()
+        for lr, held, rest in self.groups_of():
+            self.view.apply_(g.along(-lr), names=rest, at=self.rounding_address(cfg.seed), rounding=cfg.rounding)
+            for name in held:
+                self.pull_(name, g, -lr, self.left(name))
+        self.refresh_()
 
     def decay_(self) -> None:
         """Theta of all tensors times 1 - lr * weight_decay, of those with two axes or more."""
@@ -147,4 +186,5 @@ class LazyOptimizer(ValueOptimizer):
     @staticmethod
     def state_bytes(shapes: Mapping[str, Any], config: LazyConfig) -> int:
         """The left factors, float32."""
-        return sum(4 * rank_of(shape, config.rank) * shape[0] for shape, _ in shapes.values() if is_matrix(shape))
+        rank = rank_in(config)
+        return sum(4 * rank_of(shape, rank) * shape[0] for shape, _ in shapes.values() if is_matrix(shape))

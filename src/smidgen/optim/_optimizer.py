@@ -22,6 +22,11 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def steps(self) -> int | None:
+        """Steps that a budget of the method's own pays for; None where it has none."""
+        return None
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -43,6 +48,7 @@ class Optimizer(torch.optim.Optimizer):
 
     uses: ClassVar[frozenset[str]]
     lazy: ClassVar[bool] = False  # whether it may hold an offset between steps
+    linear: ClassVar[bool] = True  # whether an update is a sum of the directions that it probed
 
     def __init__(self, params: ParamView | Iterable[Any], config: Any):
         groups: list[dict[str, Any]]
@@ -72,6 +78,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def merge_(self) -> None:
         """Write the offset into the weights, at the end of a run. Theta stays what it is, up to one rounding."""
+
+    def moves(self, name: str) -> bool:
+        """Whether the method changes a tensor at all."""
+        return True
 
     def _scalars(self) -> dict[str, Any]:
         """Scalar state beyond the step counter, for `state_dict`."""

@@ -8,29 +8,29 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from smidgen.optim._gradients import GradientOptimizer
-from smidgen.optim._optimizer import MethodConfig
+from smidgen.optim._gradients import GradientConfig, GradientOptimizer
 from smidgen.params import Rounding
 
 TINY = 1e-12  # norms below this are taken for zero; chosen
 
 
-class StatelessConfig(MethodConfig):
+class StatelessConfig(GradientConfig):
     """Options that stateless methods share."""
 
     lr: float = Field(
         1e-4, gt=0, description="learning rate: the root mean square by which weights move in a step; chosen as AdamW's"
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of weights with two axes or more")
-    max_grad_norm: float = Field(
-        0.0, ge=0, description="no effect on the step, which has one length; kept for a common interface"
-    )
+    max_grad_norm: float = Field(0.0, ge=0, description="no effect: a step has one length; kept for a common interface")
     rounding: Rounding = Field("stochastic", description="rounding of updates to 16-bit weights")
     seed: int = Field(0, ge=0, description="run seed: addresses the rounding")
 
 
 class StatelessOptimizer(GradientOptimizer):
     """W <- (1 - lr wd) W - lr * direction(dW); no state. Subclasses write `_direction`."""
+
+    def _limit(self) -> float:
+        return 0.0  # a step's length is lr, whatever the gradient's
 
     def _direction(self, g: Tensor) -> Tensor:
         """Of a gradient as a matrix [m, n], float32: a new tensor of root mean square 1."""

@@ -238,7 +238,7 @@ def smallest_eps(view: ParamView) -> float:
     """
     worst = 0.0
     for entry in view:
-        if entry.tensor.dtype not in (torch.bfloat16, torch.float16):
+        if entry.addend is not None or entry.tensor.dtype not in (torch.bfloat16, torch.float16):
             continue
         flat = entry.storage.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]

@@ -56,12 +56,7 @@ class FZOO(LazyOptimizer):
             return Outcome(loss=torch.nan, written=False, voided=cfg.queries)
         sigma = spread([c * cfg.eps for c in g.c])
         step = replace(g, c=tuple(c * cfg.eps / sigma if sigma > 0.0 else 0.0 for c in g.c))
-        self.decay_()
-        for lr, held, rest in self.groups_of():
-            self.view.apply_(step.along(-lr), names=rest, at=self.rounding_address(cfg.seed), rounding=cfg.rounding)
-            for name in held:
-                self.pull_(name, step, -lr, self.left(name))
-        self.refresh_()
+        self.descend_(step)
         return g.outcome(**{"zo/spread": sigma})
 
 

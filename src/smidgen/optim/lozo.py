@@ -44,16 +44,9 @@ class LOZO(LazyOptimizer):
         super().__init__(params, config or Config(**options))
 
     def _step(self, objective: Objective) -> Outcome:
-        cfg = self.config
         g = self.shaped_estimate(objective)
-        if g.dead:
-            return g.outcome()
-        self.decay_()
-        for lr, held, rest in self.groups_of():
-            self.view.apply_(g.along(-lr), names=rest, at=self.rounding_address(cfg.seed), rounding=cfg.rounding)
-            for name in held:
-                self.pull_(name, g, -lr, self.left(name))
-        self.refresh_()
+        if not g.dead:
+            self.descend_(g)
         return g.outcome()
 
 

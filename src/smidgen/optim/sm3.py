@@ -31,7 +31,7 @@ from smidgen.params import ParamView, Rounding, SparseShape, Support
 status = "experimental"
 
 # Without an lr of the user's: within the published grid (4e-4 to 2e-3), which is for models of 7B to 13B.
-SUGGESTED: dict[str, dict[str, Any]] = {"spiel": {"lr": 1e-3}}
+SUGGESTED: dict[str, dict[str, Any]] = {scheme: {"lr": 1e-3} for scheme in ("spiel", "sparse")}
 
 
 class Config(MethodConfig):
@@ -87,9 +87,10 @@ class SM3(GradientOptimizer):
 
     @torch.no_grad()
     def reselect(self, name: str, origin: Tensor, seeds: Any) -> None:
-        """Element j of a tensor with a support is now what element origin[j] was, or new where origin[j] = -1."""
+        """Element j of a tensor with a support is now what element origin[j] was, or new where origin[j] = -1; it may have
+        fewer elements than before."""
         if "momentum" in (state := self.state[self.view[name].tensor]):
-            state["momentum"].copy_(torch.where(origin >= 0, state["momentum"][origin], 0.0))
+            state["momentum"] = torch.where(origin >= 0, state["momentum"][origin], 0.0)
 
     @staticmethod
     def state_bytes(shapes: Mapping[str, Any], config: Config) -> int:
@@ -116,7 +117,7 @@ def _grow(state: dict[str, Any], gradient: Tensor) -> Tensor:
 def _grow_rows_and_columns(state: dict[str, Any], gradient: Tensor, support: Support) -> Tensor:
     """The same of some entries of a matrix."""
     r, c = state["accumulator_0"], state["accumulator_1"]
-    row, column = support.index.long() // support.shape[1], support.index.long() % support.shape[1]
+    row, column = support.rows.long(), support.columns.long()
     u = torch.minimum(r[row], c[column]) + gradient * gradient
     r.scatter_reduce_(0, row, u, "amax")
     c.scatter_reduce_(0, column, u, "amax")

@@ -5,19 +5,21 @@ Source: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 20
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  a <- a + 1
     delta <- (1 - lr wd) (delta - lr m_hat / (sqrt(v_hat) + eps)),  m_hat = m / (1 - b1^a),  v_hat = v / (1 - b2^a)
 
-where a is the age of the element: updates since it began to be tuned. It is stored as the number of its generation (two
-bytes), with one update count for each generation. Decay pulls a delta to zero, so the weight to its pretrained value: the
-published runs take 1 to 30. It applies to all tensors, also those with one axis. Without reselections and decay this is
-Adam.
+where a is the age of the element: updates since it began to be tuned. It is stored as the number of its generation (one
+byte; two once there have been more than 256), with one update count for each generation. Decay pulls a delta to zero, so
+the weight to its pretrained value: the published runs take 1 to 30. It applies to all tensors, also those with one axis.
+Without reselections and decay this is Adam.
 
-Cost: one forward and one backward a step; an element 8 bytes of float32 moments (about 2 in 8 bits), and 2 of its generation
-where the tensor has a support. 8 bits: `_eight_bit`; encoding again after a reselection may change kept elements' moments
-by their rounding, which in float32 stay bit for bit.
+Cost: one forward and one backward a step; an element 8 bytes of float32 moments (4 in bfloat16, 2.03 in 8 bits), and 1 of
+its generation where the tensor has a support. bfloat16: rounded stochastically, by address, since a second moment that
+changes by a thousandth an update would stand still if rounded to nearest. 8 bits: `_eight_bit`; encoding again after a
+reselection may change kept elements' moments by their rounding, which otherwise stay bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from smidgen import noise
 from smidgen.objective import Objective
 from smidgen.optim import _eight_bit as memory
 from smidgen.optim._gradients import GradientOptimizer
@@ -34,9 +37,12 @@ from smidgen.params import ParamView, Rounding, SparseShape
 status = "experimental"
 
 # Without an lr of the user's: the top of the published grid (1e-4 to 3e-6), which is for models of 7B to 13B.
-SUGGESTED: dict[str, dict[str, Any]] = {"spiel": {"lr": 1e-4}}
+# SaRA's is that of its repository at its default threshold, 1e-3 exp(-350 threshold).
+SUGGESTED: dict[str, dict[str, Any]] = {"spiel": {"lr": 1e-4}, "sparse": {"lr": 1e-4}, "sara": {"lr": 5e-4}}
 
 PRESETS: dict[str, dict[str, Any]] = {"spiel": {"lr": 1e-5, "weight_decay": 30.0, "eps": 1e-6, "compat_eps": True}}
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _BLOCK = 1 << 20  # elements worked on at a time (a multiple of the 8-bit block); chosen
 
@@ -51,7 +57,9 @@ class Config(MethodConfig):
     weight_decay: float = Field(
         0.0, ge=0, description="decoupled decay of all tensors; of deltas the published runs take 1 to 30"
     )
-    state: Literal["float32", "8bit"] = Field("float32", description="how moments are kept; 8bit needs bitsandbytes")
+    state: Literal["float32", "bfloat16", "8bit"] = Field(
+        "float32", description="how moments are kept; 8bit needs bitsandbytes"
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm; 0 turns clipping off")
     compat_eps: bool = Field(False, description="as the public code: eps joins the root before its bias correction")
     rounding: Rounding = Field("stochastic", description="rounding of updates to 16-bit weights")
@@ -65,17 +73,20 @@ class SparseAdamW(GradientOptimizer):
         super().__init__(params, config or Config(**options))
         self.updates = 0  # steps that were not bad
         self.births = [0]  # of each generation: updates made when it began
+        self._ids: dict[int, int] = {}  # of tensors, by their state's own identity: address their moments' rounding
         if self.config.state == "8bit":
             memory.require()
 
     def _step(self, objective: Objective) -> Outcome:
+        self._ids = {}
         for entry in self.view:
             state = self.state[entry.tensor]
             if not state:
-                for key in ("exp_avg", "exp_avg_sq"):
-                    memory.allocate(state, key, entry.tensor, self.config.state == "8bit")
+                for key in MOMENTS:
+                    self._allocate(state, key, entry.tensor)
                 if entry.support is not None:
-                    state["generation"] = torch.zeros_like(entry.tensor, dtype=torch.int16)
+                    state["generation"] = torch.zeros_like(entry.tensor, dtype=self._generations())
+            self._ids[id(state)] = entry.id
         outcome = super()._step(objective)
         self.updates += outcome.written
         return outcome
@@ -89,13 +100,13 @@ class SparseAdamW(GradientOptimizer):
         w, g = weight.view(-1), gradient.reshape(-1)
         for lo in range(0, w.numel(), _BLOCK):
             span = slice(lo, min(lo + _BLOCK, w.numel()))
-            m = memory.read(state, "exp_avg", span, signed=True)
+            m = _read(state, "exp_avg", span)
             m.lerp_(g[span], 1.0 - cfg.beta1)
-            memory.write(state, "exp_avg", span, m, signed=True)
-            v = _square(state, span)
+            self._write(state, "exp_avg", span, m)
+            v = _read(state, "exp_avg_sq", span)
             v.mul_(cfg.beta2).addcmul_(g[span], g[span], value=1.0 - cfg.beta2)
             root = v.sqrt()
-            memory.write(state, "exp_avg_sq", span, root, signed=False)
+            self._write(state, "exp_avg_sq", span, v)
             a, b = first, second
             if "generation" in state:
                 born = state["generation"].view(-1)[span].long()
@@ -108,31 +119,62 @@ class SparseAdamW(GradientOptimizer):
         if cfg.weight_decay:
             weight.mul_(1.0 - lr * cfg.weight_decay)
 
+    def _allocate(self, state: memory.State, key: str, like: Tensor) -> None:
+        """Zeros for a moment, in the shape of `like`."""
+        memory.allocate(state, key, like, self.config.state == "8bit")
+        if self.config.state == "bfloat16":
+            state[key] = state[key].bfloat16()
+
+    def _write(self, state: memory.State, key: str, span: slice, value: Tensor) -> None:
+        """Put back a moment that `_read` gave, after a change."""
+        if state[key].dtype == torch.bfloat16:
+            at = replace(self.rounding_address(self.config.seed), tensor=self._ids[id(state)], query=1 + MOMENTS.index(key))
+            noise.write_(state[key].view(-1)[span], value, rounding="stochastic", at=at, start=span.start)
+        else:
+            coded = value.sqrt() if _rooted(state, key) else value
+            memory.write(state, key, span, coded, signed=key == "exp_avg")
+
+    def _generations(self) -> torch.dtype:
+        return torch.uint8 if len(self.births) <= 256 else torch.int16
+
     @torch.no_grad()
     def reselect(self, name: str, origin: Tensor, seeds: Any) -> None:
-        """Element j of a tensor with a support is now what element origin[j] was, or new where origin[j] = -1.
+        """Element j of a tensor with a support is now what element origin[j] was, or new where origin[j] = -1; it may have
+        fewer elements than before.
 
         A new one's moments are those that `seeds` (see `adapt._growth`) would have left after the updates that they cover,
         and it is as old as that; without seeds they are zero.
         """
         state, cfg = self.state[self.view[name].tensor], self.config
-        new = origin < 0
+        new, held = origin < 0, {key: _read(state, key, slice(0, state[key].numel())) for key in MOMENTS}
         covers, lag = (0.0, 0) if seeds is None else (seeds.covers, seeds.lag)
         moments = (0.0, 0.0)
         if seeds is not None:
             moments = (seeds.mean * (1 - cfg.beta1**covers), seeds.square * (1 - cfg.beta2**covers))
-        whole = slice(0, origin.numel())
-        m = memory.read(state, "exp_avg", whole, signed=True)[origin]
-        v = _square(state, whole)[origin]
-        m[new], v[new] = moments
-        _put(state, "exp_avg", m, signed=True)
-        _put(state, "exp_avg_sq", v.sqrt_() if state["exp_avg_sq"].dtype == torch.uint8 else v, signed=False)
+        for key, of_new in zip(MOMENTS, moments, strict=True):
+            value = held[key][origin]
+            value[new] = of_new
+            if state[key].dtype == torch.uint8 or origin.numel() != state[key].numel():
+                state.pop(f"{key}_absmax", None)
+                self._allocate(state, key, value)
+            if state[key].dtype == torch.uint8:
+                self._write(state, key, slice(0, value.numel()), value)
+            else:
+                state[key].copy_(value)
         born = self.updates - round(covers) + lag
-        if born not in self.births:
-            self.births.append(born)
+        if born not in self.births and bool(new.any()):
+            self._begin(born)
         generation = state["generation"][origin]
-        generation[new] = self.births.index(born)
-        state["generation"].copy_(generation)
+        if bool(new.any()):
+            generation[new] = self.births.index(born)
+        state["generation"] = generation
+
+    def _begin(self, born: int) -> None:
+        """A new generation; the tensors' numbers get wider where it is the 257th."""
+        self.births.append(born)
+        for state in self.state.values():
+            if "generation" in state:
+                state["generation"] = state["generation"].to(self._generations())
 
     def _scalars(self) -> dict[str, Any]:
         return {"updates": self.updates, "births": list(self.births)}
@@ -142,23 +184,25 @@ class SparseAdamW(GradientOptimizer):
 
     @staticmethod
     def state_bytes(shapes: Mapping[str, Any], config: Config) -> int:
-        """Two moments an element, and two bytes where the tensor has a support."""
-        moments = sum(2 * memory.nbytes(shape, config.state == "8bit") for shape, _ in shapes.values())
-        return moments + sum(2 * prod(shape) for shape, _ in shapes.values() if isinstance(shape, SparseShape))
+        """Two moments an element, and one byte where the tensor has a support (until there have been 256 generations)."""
+        if config.state == "bfloat16":
+            moments = sum(4 * prod(shape) for shape, _ in shapes.values())
+        else:
+            moments = sum(2 * memory.nbytes(shape, config.state == "8bit") for shape, _ in shapes.values())
+        return moments + sum(prod(shape) for shape, _ in shapes.values() if isinstance(shape, SparseShape))
 
 
-def _square(state: memory.State, span: slice) -> Tensor:
-    """The second moment, float32: the memory itself, or the square of the root that 8 bits hold."""
-    value = memory.read(state, "exp_avg_sq", span, signed=False)
-    return value.square_() if state["exp_avg_sq"].dtype == torch.uint8 else value
+def _rooted(state: memory.State, key: str) -> bool:
+    """Whether 8 bits hold the root of a moment."""
+    return key == "exp_avg_sq" and state[key].dtype == torch.uint8
 
 
-def _put(state: memory.State, key: str, value: Tensor, *, signed: bool) -> None:
-    """Replace a whole moment."""
-    if state[key].dtype == torch.float32:
-        state[key].copy_(value)
-    else:
-        memory.write(state, key, slice(0, value.numel()), value, signed=signed)
+def _read(state: memory.State, key: str, span: slice) -> Tensor:
+    """A moment as float32: the memory itself, or a new tensor."""
+    if state[key].dtype == torch.bfloat16:
+        return state[key].view(-1)[span].float()
+    value = memory.read(state, key, span, signed=key == "exp_avg")
+    return value.square_() if _rooted(state, key) else value
 
 
 build = SparseAdamW
