@@ -32,7 +32,7 @@ VALUES = [name for name in optim.names() if "backward" not in optim.get(name).bu
 def built(scheme: str, family: str):
     kind, model = make(family)
     module = adapt.get(scheme)
-    options = {"norms": True} if scheme == "bitfit" else {}
+    options = {"bitfit": {"norms": True}, "dfo_lora": {"start": "random"}}.get(scheme, {})
     return kind, module.build(model, module.Config(**options), seed=3)
 
 
@@ -43,9 +43,15 @@ def test_every_method_tunes_every_scheme(method, scheme, family):
     kind, found = built(scheme, family)
     frozen = {n: p.detach().clone() for n, p in found.model.named_parameters() if not p.requires_grad}
     before = found.view.snapshot()
-    options = {"lr": 1e-2} | ({"eps": 1e-2} if method != "adamw" and "eps" in optim.get(method).Config.model_fields else {})
+    options = {"lr": 1e-3 if method == "zo_conservative" else 1e-2} | (
+        {"eps": 1e-2} if method != "adamw" and "eps" in optim.get(method).Config.model_fields else {}
+    )
     if optim.get(method).build.lazy and not matrices(found.view):
         with pytest.raises(ConfigError, match="no tuned tensor is a matrix"):
+            optim.get(method).build(found.view, optim.get(method).Config(**options))
+        return
+    if method == "node" and all(e.tensor.ndim > 1 or e.support is not None for e in found.view):
+        with pytest.raises(ConfigError, match="node credits biases"):
             optim.get(method).build(found.view, optim.get(method).Config(**options))
         return
     stepper = optim.get(method).build(found.view, optim.get(method).Config(**options))

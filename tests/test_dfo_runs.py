@@ -8,7 +8,7 @@ import pytest
 
 import smidgen
 from families import make
-from smidgen import presets
+from smidgen import presets, settings
 from smidgen.adapt import dfo_lora
 from smidgen.config import ConfigError, RunConfig
 from smidgen.config_file import load
@@ -103,3 +103,11 @@ def test_hinge_and_masked_prompts_that_cannot_be(tmp_path):
     values = {"data": str(free), "method": "cma_es", "scheme": "dfo_lora", "objective": "hinge", "output": str(tmp_path / "r")}
     with pytest.raises(ConfigError, match="objective hinge compares the options of a row"):
         smidgen.finetune(load(None, [], values), say=lambda line: None)
+
+
+def test_a_method_that_would_stand_still_is_refused():
+    values = {"task": "reviews", "scheme": "dfo_lora", "method": "zo_sgd"}
+    with pytest.raises(ConfigError, match=r"scheme_args.start=random"):
+        settings.check_start(RunConfig.model_validate(values))
+    settings.check_start(RunConfig.model_validate({**values, "scheme_args": {"start": "random"}}))
+    settings.check_start(RunConfig.model_validate({**values, "method": "fireworks"}))

@@ -124,7 +124,13 @@ class Advice:
     def change(self, case: Case | None = None) -> str | None:
         """The cheapest change with which a case, or the preferred one of all, would fit."""
         for wanted in (case,) if case is not None else PREFERRED:
+            now = refused(self.planner, wanted)
+            if not isinstance(now, Plan):
+                continue
+            kept = (now.terms.weights + now.terms.optimizer) / self.planner.model.dtype.itemsize  # whatever the batch
             for said, changed, planner in changes(self.planner, wanted):
+                if kept * planner.model.dtype.itemsize > TIGHT * self.memory:
+                    continue
                 found = refused(planner, changed)
                 if isinstance(found, Plan) and found.terms.total <= TIGHT * self.memory:
                     return f"{wanted.label} on {wanted.scheme} would fit with {said} ({size(found.terms.total)})"

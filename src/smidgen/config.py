@@ -216,9 +216,7 @@ class RunConfig(BaseModel):
     scheme: str = Field("full", description="what is tuned: full, lora, ...")
     scheme_args: dict[str, Any] = Field({}, description="options of the scheme")
     head_start: Literal["model", "readout"] = Field(
-        "model",
-        description="where a classification head, or the label words' rows of an output head, starts: as the model has it, or "
-        "fitted to training rows in closed form (readout)",
+        "model", description="how a classification head or the label words' rows start; readout: fitted in closed form"
     )
     activations: str | None = Field(
         None, description="what back-propagation keeps of the forward: velora; none: what torch keeps"
@@ -227,14 +225,11 @@ class RunConfig(BaseModel):
 
     objective: Literal["auto", "answer", "choice", "hinge", "accuracy", "f1", "exact_match"] = Field(
         "auto",
-        description="what a step minimises: an answer's loss, that of choosing it (softmax or hinge), or minus a metric; auto: "
-        "the task's",
+        description="what a step minimises: an answer's loss, that of choosing it, or minus a metric; auto: the task's",
     )
-    reward: str | None = Field(
-        None, description="what a step maximises: module:function of (prompt, text, answers), from this folder or installed"
-    )
+    reward: str | None = Field(None, description="what a step maximises: module:function of (prompt, text, answers)")
     base_penalty: float = Field(
-        0.0, ge=0, description="what a reward loses for each nat a token by which the base model's own answers get less likely"
+        0.0, ge=0, description="what a reward loses for each nat a token that the base's own answers lose"
     )
     max_new_tokens: int = Field(50, ge=1, description="tokens of an answer that is generated to be measured")
     scoring: Literal["mean", "sum"] = Field(

@@ -44,6 +44,9 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 # scales of rows.
 _QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
+# Modules of a classifier that a checkpoint of another kind lacks: drawn from the seed, they have no codes to hold.
+_HEADS = ["classifier", "pre_classifier", "pooler", "score"]
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -205,7 +208,7 @@ def load_model(
         if stored:
             raise ConfigError(f"the weights of '{name}' are stored quantised: leave quantise out")
         compute = wanted if wanted != "auto" else getattr(config, "dtype", None) or torch.bfloat16
-        options["quantization_config"] = _bitsandbytes(quantise, compute)
+        options["quantization_config"] = _bitsandbytes(quantise, compute, _HEADS if chosen == "classification" else None)
     if quantise is not None or stored:
         options["device_map"] = {"": str(device)}
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code, notify=notify)
@@ -241,15 +244,20 @@ def require_bitsandbytes(quantise: str) -> None:
         raise ConfigError(f"quantise = {quantise} needs bitsandbytes, which is not installed: pip install 'smidgen[eight-bit]'")
 
 
-def _bitsandbytes(quantise: str, compute: torch.dtype) -> Any:
-    """transformers' request for weights in 4 or 8 bits, multiplied in the dtype `compute`."""
+def _bitsandbytes(quantise: str, compute: torch.dtype, left: list[str] | None) -> Any:
+    """transformers' request for weights in 4 or 8 bits, multiplied in the dtype `compute`; left: modules that stay as they
+    are, None: the output head."""
     from transformers import BitsAndBytesConfig
 
     require_bitsandbytes(quantise)
     if quantise == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=left,
     )
 
 

@@ -33,6 +33,7 @@ from smidgen.provenance import weights_sha256
 from smidgen.settings import (
     activations_config,
     check_quantise,
+    check_start,
     choose,
     count_rows,
     memory_line,
@@ -100,6 +101,7 @@ def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) 
     config = folders.resumed(config) if config.resume else presets.fill(auto.resolve(config, say), say)
     scheme_config(config)
     check_quantise(config)
+    check_start(config)
     activations_config(config)
     method_config(config.method, config.preset, config.method_args)
     reward_of(config)

@@ -18,6 +18,7 @@ from smidgen.chat import FORMS, give_form
 from smidgen.config import ConfigError, MemoryRefused, RunConfig, nearest
 from smidgen.encode import encode
 from smidgen.head_start import fitted
+from smidgen.optim._search import SearchOptimizer
 from smidgen.packing import Packs, pack_length
 from smidgen.trainer import method_config, uses_backward
 
@@ -121,6 +122,16 @@ def room(context: int | None, taken: int, asked: int | None) -> int | None:
             + (f", or max_length at most {context - taken}" if context - taken >= 2 else "")
         )
     return context - taken
+
+
+def check_start(config: RunConfig) -> None:
+    """Raise ConfigError where a method would stand still: A = B = 0 is a saddle, which a search of a space alone leaves."""
+    flat = config.scheme == "dfo_lora" and config.scheme_args.get("start", "zero") == "zero"
+    if flat and not issubclass(optim.get(config.method).build, SearchOptimizer):
+        raise ConfigError(
+            f"scheme dfo_lora starts at A = B = 0, where the loss is flat, and {config.method} would not move: set "
+            "scheme_args.start=random, or take method cma_es or fireworks"
+        )
 
 
 def check_quantise(config: RunConfig) -> None:

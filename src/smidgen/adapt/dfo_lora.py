@@ -8,7 +8,7 @@ with no alpha / r and no dropout. At A = B = 0 the loss is flat to first order i
 a projection change sign together: `start: random` (ours) draws A from the seed, freezes it, and tunes B alone, so that the
 change of W is linear in what is searched, for half the weights. GPT-2's fused projection gets an adapter of rank 2 r, of which
 a search moves the parts of query and key; methods that do not search a space tune it whole.
-`smidgen.optim.cma_es` and `fireworks` search a small space for each layer; any other method works.
+`smidgen.optim.cma_es` and `fireworks` search a small space for each layer; other methods need `start: random`.
 
 Bytes: 2 r (H + H) weights a layer in float32. Saved in PEFT's own format. head_bias: zero is the public code's for RoBERTa: the
 bias of the output head counts as zero, which an adapter cannot say: such a run is exported merged.
