@@ -43,9 +43,7 @@ def test_every_method_tunes_every_scheme(method, scheme, family):
     kind, found = built(scheme, family)
     frozen = {n: p.detach().clone() for n, p in found.model.named_parameters() if not p.requires_grad}
     before = found.view.snapshot()
-    options = {"lr": 1e-2} | (
-        {"eps": 1e-2} if method != "adamw" and "eps" in optim.get(method).Config.model_fields else {}
-    )
+    options = {"lr": 1e-2} | ({"eps": 1e-2} if method != "adamw" and "eps" in optim.get(method).Config.model_fields else {})
     if method == "zo_conservative":  # a step that is too short to change the loss is no move
         options["normalise"] = "rms"
     if optim.get(method).build.lazy and not matrices(found.view):
