@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
-import os
 import random
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,23 +135,6 @@ def curve(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], clock: C
     return points
 
 
-def perform(run: Run, shared: Path, data: Path, to: Path, threads: int) -> None:
-    """Make a run and write its record, or print what broke and where; to be the whole life of a process."""
-    said, path = io.StringIO(), to / f"{run.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            one.populate()
-            record = measure(run, shared, data, threads)
-    except Exception as error:
-        where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[:-6:-1])
-        print(f"{run.name}: {type(error).__name__}: {error} ({where})", flush=True)
-        os._exit(1)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 def prepare(threads: int) -> None:
     """As the study's, after rehearsing what it does not: Gaussian noise, factors and batches of probes."""
     from smidgen import run as runs
@@ -167,13 +147,6 @@ def prepare(threads: int) -> None:
             config = RunConfig.model_validate({**few, "train": train, "method": method, "output": f"{folder}/{method}"})
             runs.finetune(config, say=lambda line: None)
     one.prepare(threads)
-
-
-def start(run: Run, shared: Path, data: Path, to: Path, threads: int) -> multiprocessing.Process:
-    """Begin a run in a process of its own, forked from this one."""
-    process = multiprocessing.get_context("fork").Process(target=perform, args=(run, shared, data, to, threads))
-    process.start()
-    return process  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------------------------------------- what records say

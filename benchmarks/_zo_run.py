@@ -18,11 +18,13 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from _zo_grid import FORMAT, Run
+
+Measure = Callable[[Run, Path, Path, int], dict[str, Any]]  # a run, shared folder, its data, threads -> its record
 
 SPLITS = ("train", "validation", "test")
 
@@ -176,7 +178,7 @@ def populate() -> None:
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), read)
 
 
-def perform(run: Run, shared: Path, data: Path, to: Path, threads: int) -> None:
+def perform(run: Run, shared: Path, data: Path, to: Path, threads: int, measure: Measure) -> None:
     """Make a run and write its record, or print what broke and where; to be the whole life of a process."""
     said = io.StringIO()
     path = to / f"{run.name}.json"
@@ -228,8 +230,10 @@ def prepare(threads: int) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def start(run: Run, shared: Path, data: Path, to: Path, threads: int, method: str) -> multiprocessing.Process:
+def start(
+    run: Run, shared: Path, data: Path, to: Path, threads: int, method: str, measure: Measure = measure
+) -> multiprocessing.Process:
     """Begin a run in a process of its own; method: fork, or spawn where the parent must not touch the device."""
-    process = multiprocessing.get_context(method).Process(target=perform, args=(run, shared, data, to, threads))
+    process = multiprocessing.get_context(method).Process(target=perform, args=(run, shared, data, to, threads, measure))
     process.start()
     return process  # type: ignore[return-value]

@@ -21,30 +21,21 @@ cpu_seconds, loss, accuracy from the start to the end.
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import os
 import statistics
 import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import _speed_run as speed
-import _zo_run as one
-import zo_bench
+import _study
 from _record import emit
 from _speed_run import SpeedGrid
+from _study import arguments, conduct
 from _zo_grid import Cell, Record, Run, fresh
 
-ROOT = Path(__file__).parents[1]
 GOALS: dict[str, tuple[str, float]] = {"auto_over_mezo_same_start_worst_high": ("<=", 0.5)}  # the stretch is 1/3
 FITTED = "-fitted"
 
@@ -54,7 +45,7 @@ def available(grid: SpeedGrid, shared: Path, only: Sequence[str]) -> tuple[list[
     known = dict(grid.methods)
     try:
         grid.raw["methods"] = {name: m | ({"method": "zo_sgd"} if name == "auto" else {}) for name, m in known.items()}
-        return zo_bench.available(grid, shared, only)
+        return _study.available(grid, shared, only)
     finally:
         grid.raw["methods"] = known
 
@@ -88,38 +79,6 @@ def priced(grid: SpeedGrid, run: Run, record: dict[str, Any]) -> dict[str, Any]:
     for point in record.get("curve", ()):
         point["forwards"] = before + point["step"] * price
     return record | {"budget": grid.budget(run.place), "cost": grid.cost(run), "spent_before": before}
-
-
-def work(grid: SpeedGrid, cells: Sequence[Cell], args: argparse.Namespace, records: dict[str, Record]) -> Counter[str]:
-    """Make every run that has no record, as soon as its settings are known; how many ended in which way."""
-    ended: Counter[str] = Counter()
-    running: dict[Any, tuple[Any, Run, float]] = {}
-    broken: set[str] = set()
-    until = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-    with tempfile.TemporaryDirectory() as scratch:
-        for place in dict.fromkeys(cell[0] for cell in cells):
-            one.divide(grid.places[place], args.shared, Path(scratch) / place)
-        while True:
-            busy = {run.name for _, run, _ in running.values()} | broken
-            waiting = (r for r in grid.stated(records, cells) if r.name not in busy and fresh(r, records) is None)
-            while len(running) < args.workers and time.monotonic() < until and (run := next(waiting, None)) is not None:
-                process = speed.start(run, args.shared, Path(scratch) / run.place, args.records, args.threads)
-                running[process.sentinel] = process, run, time.monotonic()
-            if not running:
-                return ended
-            for sentinel in connection.wait(list(running)):
-                process, run, began = running.pop(sentinel)
-                process.join()
-                path = args.records / f"{run.name}.json"
-                record = json.loads(path.read_text()) if process.exitcode == 0 else None
-                if record is None or record["settings_sha256"] != run.sha256:
-                    broken.add(run.name)
-                    ended["broken"] += 1
-                    continue
-                records[run.name] = record = priced(grid, run, record)
-                path.write_text(json.dumps(record, indent=1) + "\n")
-                ended[record["status"]] += 1
-                print(line(run, record, time.monotonic() - began), flush=True)
 
 
 def line(run: Run, record: Record, seconds: float) -> str:
@@ -186,32 +145,13 @@ def comparison(grid: SpeedGrid, cells: Sequence[Cell], records: Mapping[str, Rec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--grid", type=Path, default=Path(__file__).with_suffix(".yaml"), help="what is compared")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the grid's budgets")
-    parser.add_argument("--records", type=Path, default=ROOT / "results" / "speed_to_accuracy")
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="the folder of models and data")
-    parser.add_argument("--only", nargs="*", default=[], help="places, schemes and methods to keep, by name")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
-    args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": str(args.threads), "NUMBA_NUM_THREADS": str(args.threads)}
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    args = arguments(__doc__, __file__, "speed_to_accuracy")
     grid = SpeedGrid.read(args.grid, args.scale)
-    records = zo_bench.read_records(args.records)
-    cells, reasons = available(grid, args.shared, args.only)
-    for reason in reasons:
-        print(f"left out: {reason}")
-    print(plan(grid, cells, records, args.workers), flush=True)
-    if args.dry_run:
+    own = {"find": available, "outline": plan, "prepare": speed.prepare}
+    made = conduct(grid, args, **own, measure=speed.measure, complete=priced, line=line)
+    if made is None:
         return
-    if any(fresh(run, records) is None for run in grid.stated(records, cells)):
-        speed.prepare(args.threads)
-    ended = work(grid, cells, args, records)
-    gc.unfreeze()
-    print("  ".join(f"{how} {count}" for how, count in ended.items()) or "nothing to run")
+    cells, reasons, records = made
     figures = comparison(grid, cells, records) | prices(grid, cells, records)
     goals = {key: goal for key, goal in GOALS.items() if key in figures}
     setting = {"grid": args.grid.name, "scale": args.scale, "late": speed.LATE, "left_out": reasons}

@@ -9,21 +9,16 @@ place's own metric: test accuracy, or held-out loss.
 
 from __future__ import annotations
 
-import argparse
-import gc
-import os
 import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import _zo_run as one
 from _record import emit
-from _zo_grid import Grid, Record, Role, Run, fresh
-from zo_bench import ROOT, available, plan, read_records, work
+from _study import arguments, conduct
+from _zo_grid import Grid, Record, Role, Run
 
 
 class Cells(Grid):
@@ -31,8 +26,8 @@ class Cells(Grid):
 
     def run(self, cell: tuple[str, str, str], role: Role, seed: int, lr: float, steps: int, batch: int | None = None) -> Run:
         made, own = super().run(cell, role, seed, lr, steps, batch), self.methods[cell[2]]
-        for key, name in (("scheme_args", "scheme_args"), ("run", "run")):
-            made.settings[key] = {**made.settings[key], **own.get(name, {})}
+        for key in ("scheme_args", "run"):
+            made.settings[key] = {**made.settings[key], **own.get(key, {})}
         return made
 
     def zero_shot(self, place: str, scheme: str) -> Run:
@@ -63,34 +58,14 @@ def against(grid: Grid, figures: dict[str, float]) -> dict[str, tuple[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--grid", type=Path, default=Path(__file__).with_suffix(".yaml"), help="what is compared")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the grid's budgets")
-    parser.add_argument("--records", type=Path, default=ROOT / "results" / "spiel")
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="the folder of models and data")
-    parser.add_argument("--only", nargs="*", default=[], help="places, schemes and methods to keep, by name")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
-    args = parser.parse_args()
-    args.start = "fork"
-    os.environ |= {"OMP_NUM_THREADS": str(args.threads), "NUMBA_NUM_THREADS": str(args.threads)}
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    grid, records = Cells.read(args.grid, args.scale), read_records(args.records)
-    cells, reasons = available(grid, args.shared, args.only)
-    for reason in reasons:
-        print(f"left out: {reason}")
-    print(plan(grid, cells, records, args.workers), flush=True)
-    if args.dry_run:
+    args = arguments(__doc__, __file__, "spiel")
+    grid = Cells.read(args.grid, args.scale)
+    made = conduct(grid, args)
+    if made is None:
         return
-    if any(fresh(run, records) is None for run in grid.stated(records, cells)):
-        one.prepare(args.threads)
-    ended = work(grid, cells, args, records)
-    gc.unfreeze()
-    print("  ".join(f"{how} {count}" for how, count in ended.items()) or "nothing to run")
+    _, reasons, records = made
     figures = means(grid, records)
-    setting: dict[str, Any] = {"grid": args.grid.name, "scale": args.scale, "seeds": grid.raw["seeds"], "left_out": reasons}
+    setting = {"grid": args.grid.name, "scale": args.scale, "seeds": grid.raw["seeds"], "left_out": reasons}
     emit("spiel_quality", figures, against(grid, figures), setting)
 
 
