@@ -130,3 +130,12 @@ def test_prompts_leave_room_for_their_answers():
     assert prompts[1]["input_ids"][0] == tokenizer.bos_token_id and prompts[0]["answers"] == (" fine", "good")
     batch = Collator(tokenizer.pad_token_id, "causal")(prompts[:])
     assert batch["answers"] == [(" fine", "good")] * 2 and "labels" not in batch
+
+
+def test_a_chosen_length_of_prompts_holds_the_longest_question():
+    tokenizer = texts.byte_tokenizer(bos=True)
+    asked = "What is the story of the film , and who is it"
+    examples = [Example("the film", " fine")] * 39 + [Example(f"great {asked}", " fine", passage=(0, 5))]
+    prompts = Prompts(examples, tokenizer, "causal")
+    kept = tokenizer.decode(prompts[39]["input_ids"], skip_special_tokens=True)
+    assert asked in kept and prompts.max_length > prompts.lengths[0]

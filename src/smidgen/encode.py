@@ -17,7 +17,7 @@ from smidgen.config import ConfigError, DataError
 from smidgen.drafts import IGNORED, Draft, draft_rows, frame, labelled, spare_tokens, tokenise
 from smidgen.tasks import Example
 
-__all__ = ["Encoded", "choose_max_length", "describe", "encode", "encode_options", "encode_prompts"]
+__all__ = ["Encoded", "choose_max_length", "describe", "encode", "encode_options", "encode_prompts", "limit_of"]
 
 LENGTH_SHARE, LENGTH_MOST = 0.95, 1024  # chosen: one row in twenty is cut rather than pad all to the longest
 
@@ -26,7 +26,8 @@ class Encoded:
     """Encoded rows, list-like: ``rows[i]`` is a dict of python lists (ids are kept as 4-byte integers).
 
     kind; max_length; choices: token ids of the options where every option is one token, the same for all rows;
-    index: example of each row; option: option of each row (encode_options only); notices: what was cut or left out.
+    index: example of each row; option: option of each row (encode_options only); notices: what was cut or left out;
+    least: tokens that the longest question takes without its passage (encode_prompts only).
     """
 
     def __init__(self, kind: str, max_length: int):
@@ -36,6 +37,7 @@ class Encoded:
         self.index: list[int] = []
         self.option: list[int] = []
         self.notices: list[str] = []
+        self.least = 0
         self._rows: list[dict[str, array | int]] = []
 
     def __len__(self) -> int:
@@ -88,7 +90,7 @@ def encode(
     if kind == "classification":
         return _encode_classes(examples, tokenizer, max_length, context)
     drafts, choices, remarks = draft_rows(examples, tokenizer, kind)
-    limit = _limit([draft.length for draft in drafts], max_length, context, max((draft.least for draft in drafts), default=0))
+    limit = limit_of([draft.length for draft in drafts], max_length, context, max((draft.least for draft in drafts), default=0))
     encoded = Encoded(kind, limit)
     encoded.choices = choices
     cut = Counter[str]()
@@ -130,7 +132,7 @@ def encode_options(
     for (index, option, _), draft in zip(spread, drafts, strict=True):
         draft.index, draft.option = index, option
         longest[index] = max(longest[index], len(draft.ids) - draft.core if draft.target is None else 0)
-    limit = _limit([draft.length for draft in drafts], max_length, context, max((draft.least for draft in drafts), default=0))
+    limit = limit_of([draft.length for draft in drafts], max_length, context, max((draft.least for draft in drafts), default=0))
     encoded = Encoded(kind, limit)
     cut = Counter[str]()
     for draft in drafts:
@@ -154,6 +156,7 @@ def encode_prompts(examples: Sequence[Example | Chat], tokenizer: Any, kind: str
             raise DataError(f"example {index + 1} has no prompt to continue, and the model has no start token")
         drafts.append(draft)
     encoded = Encoded(kind, max_length or max(draft.length for draft in drafts))
+    encoded.least = max(draft.least for draft in drafts)
     for draft in drafts:
         room = max(1, encoded.max_length - len(draft.head) - len(draft.foot))
         ids = draft.ids[-room:] if draft.spare is None else _spared(draft, room, len(draft.ids), Counter())[0]
@@ -161,8 +164,10 @@ def encode_prompts(examples: Sequence[Example | Chat], tokenizer: Any, kind: str
     return encoded
 
 
-def _limit(lengths: Sequence[int], max_length: int | None, context: int | None, least: int = 0) -> int:
-    """Tokens of a row; where they are chosen, at least what the longest question needs, as far as the model has them."""
+def limit_of(lengths: Sequence[int], max_length: int | None, context: int | None, least: int = 0) -> int:
+    """Tokens of a row; where they are chosen, at least what the longest question needs, as far as the model has them.
+
+    least: tokens of the longest question without its passage. Raises ConfigError: more than the context."""
     if max_length is not None and context is not None and max_length > context:
         raise ConfigError(f"max_length {max_length} is above the model's {context} positions: give at most {context}")
     if max_length is not None:
@@ -257,7 +262,7 @@ def _encode_classes(examples: Sequence[Example | Chat], tokenizer: Any, max_leng
     second = ["\n".join(example.text[1:]) for example in rows]
     pair = any(second)
     whole = tokenizer(first, second if pair else None, verbose=False)["input_ids"]
-    encoded = Encoded("classification", _limit([len(ids) for ids in whole], max_length, context))
+    encoded = Encoded("classification", limit_of([len(ids) for ids in whole], max_length, context))
     fitted = tokenizer(first, second if pair else None, truncation=True, max_length=encoded.max_length)
     for index, example in enumerate(rows):
         columns: dict[str, Any] = {"input_ids": fitted["input_ids"][index], "labels": example.gold}

@@ -8,7 +8,7 @@ from typing import Any
 from smidgen.chat import Chat, question
 from smidgen.config import DataError
 from smidgen.drafts import labelled
-from smidgen.encode import Encoded, choose_max_length, encode_options, encode_prompts
+from smidgen.encode import Encoded, encode_options, encode_prompts, limit_of
 from smidgen.tasks import Example
 
 __all__ = ["MAX_NEW_TOKENS", "Candidates", "Prompts"]
@@ -90,7 +90,7 @@ class Prompts:
         room = None if context is None or kind != "causal" else max(2, context - new_tokens)
         self.encoded: Encoded = encode_prompts(examples, tokenizer, kind)
         lengths = self.encoded.lengths
-        limit = min(max_length or choose_max_length(lengths, room), room or max(lengths))
+        limit = min(max_length or limit_of(lengths, None, room, self.encoded.least), room or max(lengths))
         cut = sum(length > limit for length in lengths)
         if cut:
             self.encoded = encode_prompts(examples, tokenizer, kind, limit)
