@@ -35,6 +35,7 @@ from _record import emit
 SMALL_SPACES = ("cma_es", "fireworks")  # search adapters, not whole models: see dfo.py
 AS_A_WHOLE = {"zo_conservative": 1.4, "zo_momentum": 1.15, "zo_adam": 1.15}  # goals of whole steps
 ROWS, LENGTH = 16, 64
+ENOUGH = 24  # forwards of all repeats together: a population's step is long, and its time scatters less
 
 
 def differentiates(method: str) -> bool:
@@ -45,10 +46,12 @@ def differentiates(method: str) -> bool:
 
 
 def ratio(model: nn.Module, step: Stepper, against: Callable[..., None], repeats: int) -> tuple[float, float]:
-    """Median of step time over the time of `against`, and the forwards of one step."""
+    """Median of step time over the time of `against`, and the forwards of one step. Long steps are repeated less often."""
     data = batch(model, ROWS, LENGTH)
+    before = step.engine.forwards
     step(data)
     against(model, data)
+    repeats = max(2, min(repeats, ENOUGH // max(1, step.engine.forwards - before)))
     before, ratios = step.engine.forwards, []
     for _ in range(repeats):
         other = seconds(lambda: against(model, data))

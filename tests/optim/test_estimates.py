@@ -74,12 +74,13 @@ CASES = [("rademacher", 1.0), ("gaussian", 3.0)]
 
 
 @pytest.mark.parametrize("distribution,fourth", CASES)
-def test_the_mean_is_the_gradient_and_the_second_moment_the_known_one(distribution, fourth):
+@pytest.mark.parametrize("count", [DRAWS, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_the_mean_is_the_gradient_and_the_second_moment_the_known_one(distribution, fourth, count):
     problem = Quadratic()
-    samples, _, _ = draws(problem, distribution=distribution, eps=0.5, seed=3)
+    samples, _, _ = draws(problem, count=count, distribution=distribution, eps=0.5, seed=3)
     assert_mean(samples, problem.gradient)
     for q in (1, 2, 5):
-        means = samples[: DRAWS // q * q].view(-1, q, D).mean(1)
+        means = samples[: count // q * q].view(-1, q, D).mean(1)
         squares = means.square().sum(1, keepdim=True) / problem.gradient.square().sum()
         assert_mean(squares, (D + q - 2 + fourth) / q)
         other = (D + q - 2 + 4 - fourth) / q  # the other distribution's moment is told apart
