@@ -42,6 +42,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu": _cpu(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # the same name stands on machines with and without AVX512
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "backend": noise.backend(device),
     }
