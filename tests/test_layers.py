@@ -34,7 +34,7 @@ LAYERS = [
     "asked",
     "journal evaluate planner provenance rewards moving head_start",
     "trainer goal measure advice",
-    "settings card progress",
+    "settings card progress best",
     "run",
     "rebuild inference listing",
     "export harness",

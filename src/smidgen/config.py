@@ -245,6 +245,9 @@ class RunConfig(BaseModel):
     reuse: int = Field(
         1, ge=0, description="block-wise probing keeps the hidden states of every k-th layer; 0: runs all layers each time"
     )
+    best: bool = Field(
+        False, description="keep the tuned tensors with the best dev figure of all evaluations, and measure the test split there"
+    )
     max_bad_steps: int = Field(20, ge=1, description="steps without a finite loss before the run ends")
     output: str | None = Field(None, description="folder of the run")
     resume: bool = Field(False, description="go on with the run in the output folder")

@@ -22,6 +22,7 @@ ENVIRONMENT = "env.json"
 CARD = "README.md"
 JOURNAL = "journal.bin"
 INIT = "init.safetensors"
+BEST = "best.safetensors"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,7 +82,7 @@ def refuse_occupied(folder: Path, force: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Remove an earlier run's files, and only those."""
-    for name in (RESOLVED, RESULT, METRICS, JOURNAL, INIT, ENVIRONMENT, "trainer_state.json", CARD):
+    for name in (RESOLVED, RESULT, METRICS, JOURNAL, INIT, BEST, ENVIRONMENT, "trainer_state.json", CARD):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import transformers
 
-from smidgen import __version__, activations, adapt, auto, data, head_start, memory, models, presets, quantised
+from smidgen import __version__, activations, adapt, auto, data, head_start, memory, models, optim, presets, quantised
 from smidgen import config_file as configuration
 from smidgen import folder as folders
+from smidgen.best import Best, check_best
 from smidgen.card import model_card
 from smidgen.chat import FORMS, give_form
 from smidgen.config import Interrupted, MemoryRefused, RunConfig, UserError, notice
@@ -209,6 +210,10 @@ def _train(
     classes = None if corpus.words is None else len(corpus.words)
     loaded = load(config, classes)
     adapted, tokenizer, kind = loaded.adapted, loaded.tokenizer, loaded.kind
+    moving = adapted if isinstance(adapted, Moving) else None
+    if config.best:
+        addends = any(e.addend for e in adapted.view)
+        check_best(config.method, optim.get(config.method).build.lazy, moving is not None, addends)
     prepared = prepare(
         goal,
         examples,
@@ -255,7 +260,7 @@ def _train(
         kind=kind,
         view=adapted.view,
         fresh=adapted.fresh,
-        moving=adapted if isinstance(adapted, Moving) else None,
+        moving=moving,
         max_bad_steps=config.max_bad_steps,
         evaluation=splits["dev"],
         build=prepared.build,
@@ -282,6 +287,12 @@ def _train(
         before = trainer.measure(splits["dev"])
         folders.append_metrics(folder, {"step": 0, "before": before})
     say("before  " + line({f"eval_{k}": v for k, v in before.items()}))
+    metric = next(name for name in HEADLINES if name in before)
+    best = Best(folder, adapted.view, metric, lambda: trainer.engine.forwards) if config.best else None  # type: ignore[union-attr]
+    if best is not None:
+        trainer.add_callback(best)
+        if not config.resume:
+            best.look(0, before)
     started, worked = time.perf_counter(), time.process_time()
     first = head_start.begin(config, trainer, loaded, prepared, corpus, splits["dev"], say)
     trainer.train(resume_from_checkpoint=True if config.resume else None)
@@ -297,15 +308,20 @@ def _train(
     say("after   " + line({f"eval_{k}": v for k, v in after["dev"].items()}))
     folders.publish(adapted, tokenizer, folder)
     trainer.mark_end()
-    engine = trainer.engine
+    engine, sha256 = trainer.engine, weights_sha256(adapted.view)
     assert engine is not None
+    if best is not None:
+        best.look(trainer.state.global_step, after["dev"])
+        measured = best.figures((lambda: trainer.measure(splits["test"])) if "test" in splits else None)
+        say(f"best    step {measured['step']}  " + line({f"eval_{k}": v for k, v in measured["dev"].items()}))
     result = {
         "status": "done",
-        "metric": next(name for name in HEADLINES if name in before),
+        "metric": metric,
         "objective": goal,
         "before": before,
         **first,
         **after,
+        **({} if best is None else {"best": measured}),
         "steps": trainer.state.global_step,
         "bad_steps": engine.bad_steps,
         **({} if config.reward is None else {"reward_failed": failed(folder)}),
@@ -320,7 +336,7 @@ def _train(
         "weights": total,
         "kind": kind,
         "classes": classes,
-        "weights_sha256": weights_sha256(adapted.view),
+        "weights_sha256": sha256,
         "config_sha256": configuration.config_sha256(config),
         "versions": environment()["versions"],
         "output": str(folder),

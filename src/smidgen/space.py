@@ -169,7 +169,7 @@ class Space:
 
 def like_hidden_states(name: str) -> bool:
     """Whether a tensor meets hidden states or stands among them: a LoRA's A, virtual tokens."""
-    return ".lora_A." in name or "prompt_encoder." in name
+    return any(part in name for part in (".lora_A.", "prompt_encoder.", ".deep_prompt."))
 
 
 def shares(sizes: Sequence[int], dimension: int | None, name: str) -> list[int]:

@@ -53,6 +53,28 @@ def random_normal(seed: int, shape: Sequence[int]) -> Tensor:
     return out
 
 
+def input_prompt(model: nn.Module, tokens: int, start: str, seed: int) -> tuple[Any, Callable[[], Tensor]]:
+    """PEFT's options for virtual tokens before the input, and their first values: those of random real tokens, or with `start`
+    = random standard normal numbers."""
+    import peft
+
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary, width = embedding.weight.shape
+
+    def init() -> Tensor:
+        if start == "random":
+            return random_normal(seed, (tokens, width))
+        with torch.no_grad():  # called, not indexed: Gemma's embedding scales what it looks up
+            return embedding(random_tokens(seed, tokens, vocabulary).to(embedding.weight.device)).float()
+
+    options = peft.PromptTuningConfig(
+        num_virtual_tokens=tokens,
+        num_transformer_submodules=1,  # two would hold a second half that PEFT never reads
+        token_dim=width,
+    )
+    return options, init
+
+
 class Virtual:
     """A model with virtual tokens; a new classification head is tuned whole beside them."""
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from smidgen import noise
 from smidgen.adapt._adapted import SchemeConfig
 from smidgen.adapt._place import Place
-from smidgen.adapt._virtual import NAME, Virtual, kind_of, random_normal, random_tokens
+from smidgen.adapt._virtual import NAME, Virtual, input_prompt, kind_of
 from smidgen.config import ConfigError
 from smidgen.noise import philox
 from smidgen.params import tensor_id
@@ -104,8 +104,6 @@ def build(model: nn.Module, config: Config, *, seed: int = 0, fresh: Sequence[st
 
     Raises ConfigError where PEFT cannot, and for a place inside the rows of a model that is not causal.
     """
-    import peft
-
     if (config.position or config.nested or config.use is not None) and kind_of(model) != "causal":
         raise ConfigError(
             f"position, nested and use are for causal models, and {type(model).__name__} is none: leave them out of scheme_args"
@@ -113,20 +111,7 @@ def build(model: nn.Module, config: Config, *, seed: int = 0, fresh: Sequence[st
     if config.use is not None and config.use > config.tokens:
         raise ConfigError(f"use = {config.use}, but there are {config.tokens} virtual tokens: use at most as many")
 
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    vocabulary, width = embedding.weight.shape
-
-    def init() -> Tensor:
-        if config.init == "random":
-            return random_normal(seed, (config.tokens, width))
-        with torch.no_grad():  # called, not indexed: Gemma's embedding scales what it looks up
-            return embedding(random_tokens(seed, config.tokens, vocabulary).to(embedding.weight.device)).float()
-
-    options = peft.PromptTuningConfig(
-        num_virtual_tokens=config.tokens,
-        num_transformer_submodules=1,  # two would hold a second half that PEFT never reads
-        token_dim=width,
-    )
+    options, init = input_prompt(model, config.tokens, config.init, seed)
     if config.nested:
         return Nested(model, options, init, fresh, config, seed)
     used = config.tokens if config.use is None else config.use
