@@ -10,6 +10,7 @@ the last virtual one; ours has the same labels under every scheme.) Where attent
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ class Virtual:
         with torch.random.fork_rng(devices=[]):  # PEFT draws the matrix; it is written over
             self.model: nn.Module = wrapped(model, config)
         self.model.train(model.training)
+        if config.peft_type.value == "PROMPT_TUNING":
+            self.model.get_prompt = types.MethodType(_prompts, self.model)  # type: ignore[assignment]
         matrix = self.model.get_parameter(NAME)
         matrix.data.copy_(values)
         for name, parameter in self.model.named_parameters():  # PEFT tunes every classification head, new or not
@@ -114,6 +117,14 @@ class Virtual:
 
     def merged(self) -> nn.Module:
         raise ConfigError("virtual tokens are inputs, not weights, and cannot be merged into a model: export the adapter")
+
+
+def _prompts(self: Any, batch_size: int, *_: Any, **__: Any) -> Tensor:
+    """PEFT's prompts for a batch [B, m, h], with those of each row where a population's rows have prompts of their own."""
+    adapter = self.active_adapter
+    encoder = self.prompt_encoder[adapter]
+    found = encoder(self.prompt_tokens[adapter][None].to(encoder.embedding.weight.device))
+    return found if len(found) == batch_size else found.expand(batch_size, -1, -1)
 
 
 def _try_out(model: nn.Module, matrix: Tensor, kind: str) -> None:
