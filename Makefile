@@ -72,6 +72,7 @@ check: $(READY)
 	$(PY) -m mypy
 	$(PY) scripts/docs.py --check
 	$(PY) scripts/zo_tables.py --check
+	$(PY) scripts/dfo_tables.py --check
 
 # A goal missed is a figure in the record, never an error; a script that breaks is one, after all others have run.
 bench: $(READY)
@@ -96,6 +97,7 @@ gpu: $(READY)
 docs: $(READY)
 	@$(PY) scripts/docs.py
 	$(PY) scripts/zo_tables.py
+	$(PY) scripts/dfo_tables.py
 
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

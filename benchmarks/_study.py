@@ -144,8 +144,10 @@ def work(
                 print(line(run, record, time.monotonic() - began), flush=True)
 
 
-def arguments(doc: str | None, script: str, results: str) -> argparse.Namespace:
-    """The command line of a study; its grid lies beside its script, its records in results/NAME."""
+def arguments(
+    doc: str | None, script: str, results: str, more: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
+) -> argparse.Namespace:
+    """The command line of a study; its grid lies beside its script, its records in results/NAME. more: adds options."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n\n")[0])
     parser.add_argument("--grid", type=Path, default=Path(script).with_suffix(".yaml"), help="what is compared")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the grid's budgets")
@@ -157,6 +159,7 @@ def arguments(doc: str | None, script: str, results: str) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
     parser.add_argument("--start", choices=("fork", "spawn"), default="fork", help="how a run's process begins; spawn on a GPU")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
+    more(parser)
     return parser.parse_args()
 
 

@@ -323,12 +323,12 @@ little state, and better in one of the two; cells without signal are no part of 
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def with_conclusions(text: str, old: str) -> str:
-    """A page with what was written by hand into the old one, below its title."""
+def with_conclusions(text: str, old: str, head: str = HEAD) -> str:
+    """A page with what was written by hand into the old one, below its title; head: says who wrote it."""
     _, begun, rest = old.partition(OPEN)
     own, ended, _ = rest.partition(CLOSE)
     title, _, body = text.partition("\n\n")
-    return f"{HEAD}\n{title}\n\n{OPEN}{own if begun and ended else chr(10)}{CLOSE}\n\n{body}"
+    return f"{head}\n{title}\n\n{OPEN}{own if begun and ended else chr(10)}{CLOSE}\n\n{body}"
 
 
 def pages(folder: Path) -> dict[str, str]:
@@ -345,25 +345,35 @@ def pages(folder: Path) -> dict[str, str]:
     return {name: make() for name, make in makers.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if the pages are written or current, 1 if `--check` finds a difference."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; show how the committed pages differ")
-    parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--docs", type=Path, default=DOCS)
-    args = parser.parse_args(arguments)
+def publish(texts: Mapping[str, str], docs: Path, check: bool, head: str = HEAD) -> int:
+    """Write pages with their conclusions kept, or with `check` compare them; 1 if one differs, else 0."""
     code = 0
-    for name, text in pages(args.records).items():
-        path = args.docs / name
+    for name, text in texts.items():
+        path = docs / name
         old = path.read_text(encoding="utf-8") if path.exists() else ""
-        new = with_conclusions(text, old)
-        if not args.check:
+        new = with_conclusions(text, old, head)
+        if not check:
             path.write_text(new, encoding="utf-8")
         elif new != old:
             lines = difflib.unified_diff(old.splitlines(), new.splitlines(), name, "generated", lineterm="", n=1)
             print(f"docs/{name} is not what the records say; `make docs` writes it again", *lines, sep="\n", file=sys.stderr)
             code = 1
     return code
+
+
+def arguments(doc: str | None, records: Path, given: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of a script that writes pages."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; show how the committed pages differ")
+    parser.add_argument("--records", type=Path, default=records)
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """0 if the pages are written or current, 1 if `--check` finds a difference."""
+    args = arguments(__doc__, RECORDS, given)
+    return publish(pages(args.records), args.docs, args.check)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,8 @@ class RunConfig(BaseModel):
         1, ge=0, description="block-wise probing keeps the hidden states of every k-th layer; 0: runs all layers each time"
     )
     best: bool = Field(
-        False, description="keep the tuned tensors with the best dev figure of all evaluations, and measure the test split there"
+        False,
+        description="keep the tuned tensors with the best dev figure of all evaluations, and measure the test split there",
     )
     max_bad_steps: int = Field(20, ge=1, description="steps without a finite loss before the run ends")
     output: str | None = Field(None, description="folder of the run")

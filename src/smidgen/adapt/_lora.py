@@ -1,4 +1,4 @@
-"""A model under PEFT's LoRA adapters: what the schemes that use them share."""
+"""A model under PEFT's adapters of the LoRA family: what the schemes that use them share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smidgen.params import ParamView
 
 
 class Adapters:
-    """A model with LoRA adapters; a new classification head is tuned whole beside them."""
+    """A model with adapters; a new classification head is tuned whole beside them."""
 
     def __init__(
         self,
@@ -25,8 +25,9 @@ class Adapters:
         seed: int,
         fresh: Sequence[str],
         targets: Callable[[Callable[..., nn.Module]], nn.Module] | None = None,
+        family: str = "LoraConfig",
     ):
-        """`options`: PEFT's; `targets` may try several of them, with what wraps the model."""
+        """`options`: PEFT's, of its class `family`; `targets` may try several of them, with what wraps the model."""
         import peft
 
         heads = new_modules(model, set(fresh))
@@ -34,7 +35,7 @@ class Adapters:
             options = {**options, "modules_to_save": heads}
 
         def wrap(**more: Any) -> nn.Module:
-            return wrapped(model, peft.LoraConfig(**options, **more))
+            return wrapped(model, getattr(peft, family)(**options, **more))
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
