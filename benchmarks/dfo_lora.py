@@ -4,12 +4,12 @@
     python benchmarks/dfo_lora.py                                                run it, or go on with it
     python scripts/dfo_tables.py                                                 the page made from the records
 
-Protocol. A run may spend its task's budget of forwards over the k-shot training batch; a back-propagation counts two. Looks at the
-k-shot dev split are counted apart; the figures are those of the best look, where the test rows are read. Step sizes:
+Protocol. A run may spend its task's budget of forwards over the k-shot training batch; a back-propagation counts two. Looks
+at the k-shot dev split are counted apart; the figures are those of the best look, where the test rows are read. Step sizes:
 dfo_lora.yaml says how they are chosen. Draws are made one after another, each over all tasks and methods.
 
-A record is one JSON file, TASK/SCHEME-METHOD-ROLE-N.json, with: format; place (the task), scheme, method (the grid's label), role
-(search, seed), seed (the draw); settings (the run's configuration) and their settings_sha256, model (what its pre-training
+A record is one JSON file, TASK/SCHEME-METHOD-ROLE-N.json, with: format; place (the task), scheme, method (the grid's label),
+role (search, seed), seed (the draw); settings (the run's configuration) and their settings_sha256, model (what its pre-training
 says of itself), threads; metric, chance, status (done, diverged, refused) and reason; before, dev (last step), best (step,
 forwards over the training batch, dev, and test of a seed), test (last step, of a seed); majority (share of the commonest test
 label); forwards, evaluation_forwards, backwards, seconds, cpu_seconds, peak_bytes over the loaded libraries, tuned_weights,
@@ -31,9 +31,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import yaml
+
 import _study
 import _zo_run as one
-import yaml
 from _record import emit
 from _zo_grid import Cell, Record, Run, fresh
 

@@ -8,9 +8,9 @@ rank r moves inside it, by random r x r matrices that come from the seed:
 All matrices share v, or consecutive ones do, in `groups` of as many. The change is linear in v, so that every method moves from
 the start; so few coordinates are what covariance adaptation is made for (cma_es with order=all covariance=full).
 
-Bytes: 4 for each number; beside the model 4 r (m + n) of a matrix and 4 r^2 for each coordinate of it. Building it costs the whole
-decomposition of every matrix. A batch of probes is evaluated one at a time, since PEFT holds v outside the layers. Saved in PEFT's
-own format. It does not: quantised bases, whose matrices have no decomposition at hand.
+Bytes: 4 for each number; beside the model 4 r (m + n) of a matrix and 4 r^2 for each coordinate of it. Building it costs the
+whole decomposition of every matrix. A batch of probes is evaluated one at a time, since PEFT holds v outside the layers.
+Saved in PEFT's own format. It does not: quantised bases, whose matrices have no decomposition at hand.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _linear(model: nn.Module, pattern: str | None) -> list[str]:
         raise ConfigError(f"scheme_args.pattern {pattern!r} is not a regular expression ({error}): correct it") from None
     if not found:
         raise ConfigError(
-            f"scheme_args.pattern {pattern!r} is found in none of the {len(every)} linear modules of the layers, which are called "
-            f"like {every[0]!r}"
+            f"scheme_args.pattern {pattern!r} is found in none of the {len(every)} linear modules of the layers, which are "
+            f"called like {every[0]!r}"
         )
     return found
