@@ -111,10 +111,11 @@ def page(folder: Path) -> str | None:
     text = f"""# Derivative-free LoRA at k = {values["k_shot"]}
 
 Test accuracy in points at the best look at the dev split, mean ± standard deviation over draws
-{", ".join(map(str, draws))} of the training and dev rows, on {about}. In parentheses where there is no signal: the mean does
-not exceed the untrained model, chance and the commonest label, whichever is best, by two standard errors of the
-{values["test_rows"]} test rows.
-`benchmarks/dfo_lora.py` describes the protocol and the records, `benchmarks/dfo_lora.yaml` the grid and how its size was chosen.
+{", ".join(map(str, draws))} of the training and dev rows, on {about}.
+In parentheses where there is no signal: the mean does not exceed the untrained model, chance and the commonest label, whichever
+is best, by two standard errors of the {values["test_rows"]} test rows.
+`benchmarks/dfo_lora.py` describes the protocol and the records, `benchmarks/dfo_lora.yaml` the grid and how its size was
+chosen.
 
 {table(("method", *tasks), rows)}"""
     if searched:

@@ -5,9 +5,10 @@
 Text: every long string of the `train.jsonl` files of SETS below --text, each once. So that a model of this size follows a
 prompt at all, labelled rows of PROMPTED, which the study does not measure on, are put in the words of DFO-LoRA's prompts and
 their label words always predicted; no label of a task of the study is read. (Some sentences of rotten_tomatoes are also
-training sentences of SST-2, none is one of its test rows.) RoBERTa's architecture, byte-level BPE made of the same text with
-the label words counted in so that each is one token; 15 % of the other tokens are predicted, 80 % of them masked, 10 %
-replaced, 10 % kept. The size is chosen for about 8 minutes on one core. The folder loads with `--model FOLDER`; it is not shipped.
+training sentences of SST-2, none is one of its test rows.)
+RoBERTa's architecture, byte-level BPE made of the same text with the label words counted in so that each is one token; 15 % of
+the other tokens are predicted, 80 % of them masked, 10 % replaced, 10 % kept. The size is chosen for about 8 minutes on one
+core. The folder loads with `--model FOLDER`; it is not shipped.
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import dfo_lora
 import dfo_tables
@@ -19,6 +18,7 @@ from smidgen import adapt, optim, tasks
 from smidgen.config import RunConfig
 from smidgen.trainer import method_config
 
+ROOT = Path(__file__).parents[1]
 GRIDS = [ROOT / "benchmarks" / name for name in ("dfo_lora.yaml", "dfo_lora_gpu.yaml")]
 
 
