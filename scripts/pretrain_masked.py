@@ -8,7 +8,7 @@ their label words always predicted; no label of a task of the study is read. (So
 training sentences of SST-2, none is one of its test rows.)
 RoBERTa's architecture, byte-level BPE made of the same text with the label words counted in so that each is one token; 15 % of
 the other tokens are predicted, 80 % of them masked, 10 % replaced, 10 % kept. The size is chosen for about 8 minutes on one
-core. The folder loads with `--model FOLDER`; it is not shipped.
+core; a second start goes on where the first stopped. The folder loads with `--model FOLDER`; it is not shipped.
 """
 
 from __future__ import annotations
@@ -149,12 +149,21 @@ def main() -> None:
     print(f"{len(corpus)} texts, {tokens} tokens in {len(pieces)} pieces, {weights:,} weights", flush=True)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    begun, losses, hits = time.monotonic(), list[float](), list[float]()
-    for step in range(options.steps):
+    begun, losses, hits, first = time.monotonic(), list[float](), list[float](), 0
+    state = options.to / "state.pt"
+    if state.exists():
+        held = torch.load(state)
+        model.load_state_dict(held["model"])
+        optimizer.load_state_dict(held["optimizer"])
+        generator.set_state(held["generator"])
+        first = held["step"]
+        print(f"goes on after step {first}", flush=True)
+    options.to.mkdir(parents=True, exist_ok=True)
+    for step in range(first, options.steps):
         for group in optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1.0 - step / options.steps))
-        first = int(torch.randint(0, len(pieces) - options.batch, (), generator=generator))
-        rows = slice(first, first + options.batch)  # of about one length
+        start = int(torch.randint(0, len(pieces) - options.batch, (), generator=generator))
+        rows = slice(start, start + options.batch)  # of about one length
         width = int((pieces[rows] != tokenizer.pad_token_id).sum(1).max())
         ids, where = pieces[rows, :width], answers[rows, :width]
         inputs, chosen = masked(ids, where, tokenizer, generator)
@@ -176,6 +185,11 @@ def main() -> None:
                 f"{passed:.0f} s",
                 flush=True,
             )
+        if (step + 1) % 100 == 0:
+            held = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save({**held, "generator": generator.get_state()}, state.with_suffix(".part"))
+            state.with_suffix(".part").replace(state)
+    state.unlink(missing_ok=True)
     model.eval().save_pretrained(options.to)
     tokenizer.save_pretrained(options.to)
     last = sum(losses[-200:]) / max(1, len(losses[-200:]))
