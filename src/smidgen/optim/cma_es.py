@@ -37,10 +37,11 @@ PRESETS = {
         "compat_whole_dimension": True, "covariance": "full", "incumbent": "best_ever",
     },
     "recommended": {"dimension": 64, "covariance": "diagonal", "incumbent": "mean", "init": "hidden", "lr": 0.5},
-    # BBT and BBTv2 as their README has them: virtual tokens in one space (scheme prompt; prefix for deep ones).
+    # BBT and BBTv2 as their README has them: virtual tokens in one space (scheme prompt), or in one for each layer, in turn
+    # (scheme deep_prompt).
     "bbt": {"dimension": 500, "order": "all", "init": "hidden", "covariance": "full", "incumbent": "best_ever"},
     "bbtv2": {
-        "dimension": 500, "order": "all", "init": "hidden", "lr": 0.2, "alpha": 0.2, "covariance": "full",
+        "dimension": 500, "order": "layers", "init": "hidden", "lr": 0.2, "alpha": 0.2, "covariance": "full",
         "incumbent": "best_ever",
     },
 }  # fmt: skip
