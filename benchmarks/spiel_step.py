@@ -1,16 +1,23 @@
 """A training step of SpIEL against peft's LoRA, SHIRA and SUPERTUNING with the same number of tuned weights: a random Llama
 of 110 million weights in float32 on a CPU, batch 4 x 128, every linear layer of the blocks adapted.
 
-All sides compute the model's own loss and its gradient; peft's are stepped by torch's AdamW, SpIEL by sparse_adamw (AG) or
-sm3 (MA). Sides alternate within one process and medians of ratios are reported. Between selections AG computes its own
-entries alone; `spiel_ag_cycle_over_lora` is the mean over a whole cycle of reselection, phase and selection included. Peak:
-resident memory over the loaded model, each side in a process of its own that has made steps on a tiny model first.
+All sides compute the model's own loss and its gradient; peft's are stepped by torch's AdamW, SpIEL by sparse_adamw (AG; with
+8-bit moments as well) or sm3 (MA). `q...` sides stand on nf4 weights of bitsandbytes. lora and qlora have peft's defaults, no
+dropout; lora_dropout has the published baseline's, 0.1. Sides alternate within one process; a ratio is the median of the
+rounds' ratios. Between selections AG computes its own entries alone; `spiel_ag_cycle_over_lora` is the mean over a whole cycle
+of reselection, phase and selection included.
+
+Peak: resident memory over the loaded base, adapter and state included, over six steps, for AG its first phase and selection;
+each side in a process of its own that has made steps on a tiny model first, and under one fixed threshold of glibc's above
+which freed blocks go back to the system: left to itself it moves, and what is measured is holes. `_saved_mib` is what the
+forward keeps for the backward, counted by autograd's hooks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,14 +28,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import _quantised
 from _models import batch, on_cpu, peak_over, seconds
 from _record import emit
 
-PEFT = ("lora", "shira", "supertuning")
-SIDES = (*PEFT, "spiel_ag", "spiel_ma")
+PEFT = {"lora": {}, "lora_dropout": {"lora_alpha": 16, "lora_dropout": 0.1}, "shira": {}, "supertuning": {}, "qlora": {}}
+SPIEL: dict[str, tuple[str, str, dict[str, Any]]] = {  # growth, method, its options
+    "spiel_ag": ("ag", "sparse_adamw", {}),
+    "spiel_8bit": ("ag", "sparse_adamw", {"state": "8bit"}),
+    "spiel_ma": ("ma", "sm3", {}),
+    "qspiel_ag": ("ag", "sparse_adamw", {}),
+    "qspiel_8bit": ("ag", "sparse_adamw", {"state": "8bit"}),
+    "qspiel_ma": ("ma", "sm3", {}),
+}
+SIDES = (*PEFT, *SPIEL)
 RANK, EVERY, COLLECT = 8, 20, 5  # LoRA's usual rank; the published cycle
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 
 GOALS = {
     "spiel_ag_over_lora": ("<=", 1.0),
@@ -41,28 +59,31 @@ GOALS = {
 Step = Callable[[], Any]
 
 
-def llama(layers: int, small: bool) -> nn.Module:
-    """A random Llama of width 768, or a tiny one."""
+def llama(side: str, layers: int, small: bool) -> nn.Module:
+    """A random Llama of width 768, or a tiny one; of nf4 weights for the sides over these. Its weights are frozen."""
+    if side.startswith("q"):
+        return _quantised.llama("tiny" if small else "110m", layers=None if small else layers).requires_grad_(False)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     wide = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers, "num_attention_heads": 12}
     tiny = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(tiny if small else wide), tie_word_embeddings=True))
+    return LlamaForCausalLM(LlamaConfig(**(tiny if small else wide), tie_word_embeddings=True)).requires_grad_(False)
 
 
-def peft_step(side: str, model: nn.Module, data: dict[str, torch.Tensor], rank: int) -> Step:
-    """A step of one of peft's adapters; the budget is LoRA's."""
+def peft_step(side: str, model: nn.Module, data: dict[str, Tensor], rank: int) -> tuple[Step, nn.Module]:
+    """A step of one of peft's adapters, and its model; the budget is LoRA's."""
     import peft
 
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] in names]
-    share = sum(rank * sum(m.weight.shape) for m in layers) / sum(m.weight.numel() for m in layers)
-    config = {
-        "lora": lambda: peft.LoraConfig(r=rank, target_modules=names),
-        "shira": lambda: peft.ShiraConfig(r=rank, target_modules=names, random_seed=0),
-        "supertuning": lambda: peft.SupertuningConfig(sparsity=1 - share, target_modules=names),
-    }[side]()
+    layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] in NAMES]
+    sizes = [(m.out_features, m.in_features) for m in layers]
+    share = sum(rank * sum(size) for size in sizes) / sum(a * b for a, b in sizes)
+    if side == "shira":
+        config: Any = peft.ShiraConfig(r=rank, target_modules=NAMES, random_seed=0)
+    elif side == "supertuning":
+        config = peft.SupertuningConfig(sparsity=1 - share, target_modules=NAMES)
+    else:
+        config = peft.LoraConfig(r=rank, target_modules=NAMES, **PEFT[side])
     wrapped = peft.get_peft_model(model, config).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
 
@@ -71,17 +92,18 @@ def peft_step(side: str, model: nn.Module, data: dict[str, torch.Tensor], rank: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return step, wrapped
 
 
-def spiel_step(growth: str, model: nn.Module, data: dict[str, torch.Tensor], rank: int, selects: bool) -> Step:
+def spiel_step(side: str, model: nn.Module, data: dict[str, Tensor], rank: int, selects: bool) -> tuple[Step, nn.Module]:
     """A step of SpIEL; `selects`: with its phases and selections, otherwise as between them."""
     from smidgen import adapt, optim
 
-    scheme = adapt.get("spiel")
-    adapted = scheme.build(model.train(), scheme.Config(rank=rank, growth=growth, every=EVERY, collect=COLLECT))
-    module = optim.get("sparse_adamw" if growth == "ag" else "sm3")
-    optimizer = module.build(adapted.view, module.Config(lr=1e-4))
+    growth, method, options = SPIEL[side]
+    scheme, module = adapt.get("spiel"), optim.get(method)
+    config = scheme.Config(rank=rank, growth=growth, every=EVERY, collect=COLLECT, target_modules=NAMES)
+    adapted = scheme.build(model.train(), config)
+    optimizer = module.build(adapted.view, module.Config(lr=1e-4, **options))
     if selects:
         adapted.begin(optimizer)
 
@@ -90,22 +112,27 @@ def spiel_step(growth: str, model: nn.Module, data: dict[str, torch.Tensor], ran
         if selects:
             adapted.after_step(optimizer, 1000)
 
-    return step
+    return step, model
 
 
-def step_of(side: str, args: argparse.Namespace, selects: bool = False) -> Step:
-    """A side on a model of its own."""
-    model = llama(args.layers, args.small)
-    rows, length, rank = (2, 16, 1) if args.small else (4, 128, RANK)
-    data = batch(model, rows, length, every=True)
+def step_of(
+    side: str, args: argparse.Namespace, selects: bool = False, model: nn.Module | None = None
+) -> tuple[Step, nn.Module]:
+    """A side on a model of its own, or the given one."""
+    model = llama(side, args.layers, args.small) if model is None else model
+    data, rank = data_of(model, args.small), 1 if args.small else RANK
     if side in PEFT:
         return peft_step(side, model, data, rank)
-    return spiel_step(side.removeprefix("spiel_"), model, data, rank, selects)
+    return spiel_step(side, model, data, rank, selects)
+
+
+def data_of(model: nn.Module, small: bool) -> dict[str, Tensor]:
+    return batch(model, *((2, 16) if small else (4, 128)), every=True)
 
 
 def times(args: argparse.Namespace) -> dict[str, float]:
     """Medians of every side's step over LoRA's, and that of a cycle."""
-    steps = {side: step_of(side, args) for side in SIDES}
+    steps = {side: step_of(side, args)[0] for side in SIDES}
     for step in steps.values():
         step()
         step()
@@ -113,52 +140,88 @@ def times(args: argparse.Namespace) -> dict[str, float]:
     for _ in range(args.repeats):
         for side, step in steps.items():
             found[side].append(seconds(step))
-    cycle = step_of("spiel_ag", args, selects=True)
+    cycle, _ = step_of("spiel_ag", args, selects=True)
     for _ in range(COLLECT):  # the first selection replaces everything: the cycle after it is the usual one
         cycle()
     mean = statistics.fmean(seconds(cycle) for _ in range(EVERY))
-    ratios = {s: statistics.median(a / b for a, b in zip(found[s], found["lora"], strict=True)) for s in SIDES}
-    ag = found["spiel_ag"]
-    over = {s: statistics.median(a / b for a, b in zip(ag, found[s], strict=True)) for s in ("shira", "supertuning")}
+    for side in SIDES:
+        print(f"{side}: {statistics.median(found[side]):.3f} s a step", flush=True)
+
+    def over(side: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(found[side], found[other], strict=True))
+
     return {
-        "spiel_ag_over_lora": ratios["spiel_ag"],
-        "spiel_ma_over_lora": ratios["spiel_ma"],
+        "spiel_ag_over_lora": over("spiel_ag", "lora"),
+        "spiel_ma_over_lora": over("spiel_ma", "lora"),
         "spiel_ag_cycle_over_lora": mean / statistics.median(found["lora"]),
-        "spiel_over_shira": over["shira"],
-        "spiel_over_supertuning": over["supertuning"],
+        "spiel_over_shira": over("spiel_ag", "shira"),
+        "spiel_over_supertuning": over("spiel_ag", "supertuning"),
+        "qspiel_ag_over_qlora": over("qspiel_ag", "qlora"),
         **{f"{side}_seconds": statistics.median(found[side]) for side in SIDES},
     }
 
 
+def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
+    """Peak over the loaded base and what a forward saves, in MiB, in this process."""
+    tiny, _ = step_of(side, argparse.Namespace(layers=2, small=True), selects=True)
+    for _ in range(COLLECT + 1):  # what is imported and compiled on first use is no side's memory
+        tiny()
+    base = llama(side, args.layers, args.small)
+    kept: list[nn.Module] = []
+
+    def several() -> None:
+        step, model = step_of(side, args, selects=True, model=base)
+        kept.append(model)
+        for _ in range(COLLECT + 1):  # through a phase and its selection
+            step()
+
+    high, before = peak_over(several)
+    return {"peak": (high - before) / 2**20, "saved": saved(kept[0], data_of(base, args.small)) / 2**20}
+
+
+def saved(model: nn.Module, data: dict[str, Tensor]) -> int:
+    """Bytes that a forward keeps for its backward, parameters left out."""
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (storage := tensor.untyped_storage()).data_ptr() not in known:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**data, use_cache=False).loss
+    assert loss.requires_grad
+    return sum(held.values())
+
+
 def peaks(args: argparse.Namespace) -> dict[str, float]:
-    """Peak bytes over the loaded model of each side."""
-    found = {}
+    """Peak over the loaded base of each side, and its ratios."""
+    found: dict[str, dict[str, float]] = {}
     for side in SIDES:
-        command = [
-            sys.executable,
-            __file__,
-            "--peak",
-            side,
-            "--threads",
-            str(args.threads),
-            "--layers",
-            str(args.layers),
-            *(["--small"] if args.small else []),
-        ]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        high, before = json.loads(out.splitlines()[-1])
-        found[side] = high - before
-        print(f"peak over the model, {side}: {found[side] / 2**20:.0f} MiB", flush=True)
+        command = [sys.executable, __file__, "--peak", side, *sys.argv[1:]]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ALLOCATOR)
+        found[side] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{side}: peak over the base {found[side]['peak']:.0f} MiB", flush=True)
+
+    def over(side: str, other: str) -> float:
+        return found[side]["peak"] / max(found[other]["peak"], 1e-9)
+
     return {
-        "spiel_peak_over_lora": found["spiel_ag"] / found["lora"],
-        "spiel_peak_over_shira": found["spiel_ag"] / found["shira"],
-        "spiel_ma_peak_over_lora": found["spiel_ma"] / found["lora"],
+        "spiel_peak_over_lora": over("spiel_ag", "lora"),
+        "spiel_8bit_peak_over_lora": over("spiel_8bit", "lora"),
+        "spiel_ma_peak_over_lora": over("spiel_ma", "lora"),
+        "spiel_peak_over_lora_dropout": over("spiel_ag", "lora_dropout"),
+        "spiel_peak_over_shira": over("spiel_ag", "shira"),
+        "spiel_peak_over_supertuning": over("spiel_ag", "supertuning"),
+        "qspiel_peak_over_qlora": over("qspiel_ag", "qlora"),
+        **{f"{side}_{part}_mib": value for side, parts in found.items() for part, value in parts.items()},
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=12, help="fewer make a quicker, cruder comparison")
     parser.add_argument("--small", action="store_true", help="a tiny model: whether it runs")
@@ -167,25 +230,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     on_cpu()
     if args.peak:
-        tiny = step_of(args.peak, argparse.Namespace(layers=2, small=True), selects=True)
-        for _ in range(COLLECT + 1):  # what is imported and compiled on first use is no side's memory
-            tiny()
-        step = step_of(args.peak, args, selects=True)
-
-        def several() -> None:
-            for _ in range(COLLECT + 1):  # through a phase and its selection
-                step()
-
-        print(json.dumps(peak_over(several)))
+        print(json.dumps(measure(args.peak, args)))
         return
-    figures = {**peaks(args), **times(args)}
+    figures = times(args)
+    print("times are taken; peaks need no quiet machine", flush=True)
+    figures |= peaks(args)
     shape = "tiny" if args.small else f"{args.layers} layers, width 768, random"
-    emit(
-        "spiel_step",
-        figures,
-        GOALS,
-        {"model": shape, "dtype": "float32", "rank": 1 if args.small else RANK, "repeats": args.repeats},
-    )
+    setting = {"model": shape, "dtype": "float32", "rank": 1 if args.small else RANK, "repeats": args.repeats}
+    emit("spiel_step", figures, GOALS, {**setting, **ALLOCATOR})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Some entries of a weight gradient dW = left^T right, without dW.
 
 left [T, o] and right [T, i] are the two factors of a linear layer's weight gradient over T tokens: for y = x W^T they are
-(dL/dy, x), for transformers' Conv1D, y = x W, they are (x, dL/dy). Two ways, equal but for the order of sums:
+(dL/dy, x), for transformers' Conv1D, y = x W, they are (x, dL/dy). Three ways, equal but for the order of sums:
 
 - `gathered`: row blocks of dW by matrix products, of which the wanted entries are kept. As many multiplications as dW;
   memory one block (4 MB in float32). Any device and dtype.
 - `sampled`: one dot product an entry, T multiplications each; a numba kernel, CPU only, float32 arithmetic on transposed
   float32 copies of both factors, made for some tokens at a time (1 KB a row and a column).
+- `entries` of `_sparse_gradient_cuda`: tiles of dW in registers, of which the wanted entries are written. Triton, CUDA only,
+  float32 sums; not float64.
 
 `products` takes the faster one, by shapes and dtypes alone, so that a run always takes the same.
 """
@@ -79,8 +81,21 @@ def _numba() -> bool:
     return True
 
 
+@functools.cache
+def _triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def products(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
     """dW[index] for sorted flat positions [k] -> float32 [k]; the faster way."""
+    if left.device.type == "cuda" and left.dtype != torch.float64 and _triton():
+        from smidgen.adapt._sparse_gradient_cuda import entries
+
+        return entries(left, right, index)
     few = index.numel() * 1000 <= _SAMPLED_PER_MILLE * left.shape[1] * right.shape[1]
     if few and left.device.type == "cpu" and left.dtype != torch.float64 and _numba():
         return sampled(left, right, index)
