@@ -73,6 +73,7 @@ check: $(READY)
 	$(PY) scripts/docs.py --check
 	$(PY) scripts/zo_tables.py --check
 	$(PY) scripts/dfo_tables.py --check
+	$(PY) scripts/spiel_tables.py --check
 
 # A goal missed is a figure in the record, never an error; a script that breaks is one, after all others have run.
 bench: $(READY)
@@ -98,6 +99,7 @@ docs: $(READY)
 	@$(PY) scripts/docs.py
 	$(PY) scripts/zo_tables.py
 	$(PY) scripts/dfo_tables.py
+	$(PY) scripts/spiel_tables.py
 
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,7 +18,7 @@ from torch import nn
 import sparse_ranks
 from families import batch, make
 from smidgen import adapt, noise, optim, quantised
-from smidgen.adapt import _ranks
+from smidgen.adapt import _ranks, _sparse_gradient
 from smidgen.adapt._sparse import sums
 from smidgen.adapt._support import below, by_magnitude, in_lines, members, random_support, top
 from smidgen.adapt.sara import nuclear_gradient, theta
@@ -121,14 +121,18 @@ def test_fixed_positions_stay_under_any_method(support):
         assert found.base_sha256() == base
 
 
-def test_gradients_choose_once():
-    kind, found = built(support="gradient", collect=1)
+@pytest.mark.parametrize("support", ["gradient", "snip"])
+@pytest.mark.parametrize("block", [100, 1 << 20])
+def test_gradients_choose_once(monkeypatch, support, block):
+    monkeypatch.setattr(_sparse_gradient, "BLOCK", block)
+    kind, found = built(support=support, collect=1)
     twin = make("llama-untied")[1].requires_grad_(True)
     Engine(twin, ParamView.of_model(twin), kind).differentiable(batch(kind, seed=0)).nll.mean().backward()
     opt = SparseAdamW(found.view, lr=1e-3)
     steps(found, opt, 0, 1)
     for name, site in found.sites.items():
-        dense = twin.get_parameter(name.removesuffix("delta") + "weight").grad.abs().flatten()
+        weight = twin.get_parameter(name.removesuffix("delta") + "weight")
+        dense = (weight.grad if support == "gradient" else weight.grad * weight.detach()).abs().flatten()
         assert torch.equal(site.index.long(), top(dense, len(site.index)))
     chosen = {n: s.index for n, s in found.sites.items()}
     steps(found, opt, 1, 8)

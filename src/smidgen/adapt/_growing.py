@@ -79,7 +79,7 @@ class Growing(Deltas):
         for name, site in self.sites.items():
             site.phase = None
             if name in about["phases"]:
-                site.phase = phase = self.growing.phase(about["phases"][name]["size"])
+                site.phase = phase = self.growing.phase(site, about["phases"][name]["size"])
                 phase.counted = about["phases"][name]["counted"]
                 for key in phase.TENSORS:
                     value = tensors.get(f"{name}.{key}")

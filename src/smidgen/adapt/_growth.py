@@ -5,7 +5,8 @@ in the others the gradients of these candidates alone. Sums run over updates, no
 that the optimizer sees, clipping included. An update of one micro-batch, of which dW is known, counts in the sums itself;
 of several, their largest entries are merged (a sum where both list an entry) and the sums start with the next update,
 equally for all candidates. A bad update is left out. Ranks are like micro-batches: their lists are merged in the order of
-ranks, their gradients of the candidates added, so that all ranks hold the same.
+ranks, their gradients of the candidates added, so that all ranks hold the same. Where entries are weighed by |w|
+(SNIP's connection sensitivity), |w g| stands for |g| in every comparison.
 
 Memory: 12 bytes a candidate and its position; one block of dW while it is made.
 """
@@ -13,6 +14,7 @@ Memory: 12 bytes a candidate and its position; one block of dW while it is made.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,10 +43,10 @@ class Found(NamedTuple):
 
 
 class Phase:
-    """Collects one phase of one matrix; `size` candidates at most."""
+    """Collects one phase of one matrix; `size` candidates at most. `weights`: the matrix, where entries are weighed by |w|."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, weights: Callable[[], Tensor] | None = None):
+        self.size, self.weights = size, weights
         self.counted = 0  # updates in the sums
         self.micro = 0  # backward passes of the update under way
         self.index: Tensor | None = None  # candidates, once chosen
@@ -68,18 +70,20 @@ class Phase:
     def _pick(self, left: Tensor, right: Tensor, index: Tensor) -> Tensor:
         out = torch.empty(index.numel(), dtype=torch.promote_types(left.dtype, torch.float32), device=left.device)
         where = torch.empty(0, dtype=index.dtype, device=left.device)
-        value = torch.empty(0, dtype=torch.float32, device=left.device)
+        value = held = torch.empty(0, dtype=torch.float32, device=left.device)
+        weigh = self._weigh()
         for (start, block), span in zip(row_blocks(left, right), spans(left, right, index), strict=True):
             out[span] = block[index[span] - start].to(out.dtype)
-            size = block.abs()
-            last = value.abs().min() if len(value) == self.size else -1.0
+            size = block.abs() if weigh is None else block.float().mul_(weigh[start : start + len(block)]).abs_()
+            last = held.min() if len(value) == self.size else -1.0
             large = (size > last).nonzero()[:, 0]
             large = large[top(size[large], self.size)]
             where, value = torch.cat([where, (large + start).to(index.dtype)]), torch.cat([value, block[large].float()])
-            kept = top(value.abs(), self.size)
-            where, value = where[kept], value[kept]
+            held = torch.cat([held, size[large].float()])
+            kept = top(held, self.size)
+            where, value, held = where[kept], value[kept], held[kept]
         if self.picked is not None and self.value is not None:
-            where, value = merged((self.picked, self.value), (where, value), self.size)
+            where, value = merged((self.picked, self.value), (where, value), self.size, weigh)
         self.picked, self.value = where, value
         return out
 
@@ -95,7 +99,8 @@ class Phase:
         elif self.picked is not None and self.value is not None:
             lists = _ranks.gathered((self.picked, self.value))
             known = len(lists) == 1 and self.micro == 1
-            self.index, value = functools.reduce(lambda one, other: merged(one, other, self.size), lists)
+            weigh = self._weigh() if len(lists) > 1 else None
+            self.index, value = functools.reduce(lambda one, other: merged(one, other, self.size, weigh), lists)
             exact = value * scale if known else torch.zeros_like(value)
             self.total, self.square, self.counted = exact, exact * exact, int(known)
             self.fresh, self.picked, self.value = torch.zeros_like(exact), None, None
@@ -113,16 +118,28 @@ class Phase:
         if self.index is None or self.total is None or self.square is None or not self.counted:
             return None
         seeds = Seeds(self.total / self.counted, self.square / self.counted, self.counted)
-        return Found(self.index, self.total.abs(), seeds)
+        return Found(self.index, _masses(self.index, self.total, self._weigh()), seeds)
+
+    def _weigh(self) -> Tensor | None:
+        """What entries are weighed by, flat, or None."""
+        return None if self.weights is None else self.weights().detach().reshape(-1)
 
 
-def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor]:
-    """The `size` largest of two lists of (positions, values), values added where both list a position; sorted."""
+def _masses(index: Tensor, value: Tensor, weigh: Tensor | None) -> Tensor:
+    """|g|, or |w g|, of entries with values g."""
+    return value.abs() if weigh is None else (value * weigh[index.long()]).abs()
+
+
+def merged(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], size: int, weigh: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `size` largest of two lists of (positions, values), values added where both list a position; sorted. `weigh`: a
+    factor of each entry of the matrix, flat, for the comparison."""
     index = torch.cat([one[0], other[0]]).unique(sorted=True)
     value = torch.zeros(len(index), dtype=torch.float32, device=index.device)
     for where, part in (one, other):
         value[torch.searchsorted(index, where)] += part
-    kept = top(value.abs(), size)
+    kept = top(_masses(index, value, weigh), size)
     return index[kept], value[kept]
 
 

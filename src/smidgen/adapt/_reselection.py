@@ -8,6 +8,7 @@ gamma and closes after the last of them, at t = nS + gamma: of each matrix a fra
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from smidgen.adapt import _ranks
+from smidgen.adapt import _ranks, _sparse_targets
 from smidgen.adapt._growth import Exchange, Found, Phase, Seeds, exchange
 from smidgen.adapt._published import PublishedPhase
 from smidgen.adapt._sparse import Site
@@ -79,7 +80,8 @@ class Reselection:
     def __init__(
         self, sites: Mapping[str, Site], view: ParamView, schedule: Schedule, growth: str, candidates: float, old: bool
     ):
-        """growth: ag or ma; candidates: times the entries to be replaced, at most k; old: collect as the public code."""
+        """growth: ag, ma, or snip (ag with entries weighed by |w|); candidates: times the entries to be replaced, at most k;
+        old: collect as the public code."""
         self.sites, self.view, self.schedule, self.growth = sites, view, schedule, growth
         self.candidates, self.old = candidates, old
         self.t = 0  # updates made, bad ones included
@@ -87,21 +89,23 @@ class Reselection:
     def open(self) -> None:
         """Open a phase for the coming update, where one begins."""
         update = self.t + 1
-        if self.growth != "ag" or not self.schedule.collects(update):
+        if self.growth == "ma" or not self.schedule.collects(update):
             return
         for site in self.sites.values():
             k = len(site.support)
             wanted = int(self.schedule.largest(update) * k)
             if site.phase is None and wanted:
-                site.phase = self.phase(k if self.old else min(k, math.ceil(self.candidates * wanted)))
+                site.phase = self.phase(site, k if self.old else min(k, math.ceil(self.candidates * wanted)))
 
     def check(self) -> None:
         """Raise UserError where ranks tune other entries."""
         _ranks.checked({name: (site.index,) for name, site in self.sites.items()})
 
-    def phase(self, size: int) -> Phase:
-        """A new phase with so many candidates."""
-        return PublishedPhase(size) if self.old else Phase(size)
+    def phase(self, site: Site, size: int) -> Phase:
+        """A new phase of a site with so many candidates."""
+        if self.old:
+            return PublishedPhase(size)
+        return Phase(size, functools.partial(_sparse_targets.values, site.module) if self.growth == "snip" else None)
 
     def after(self, optimizer: Follows, steps: int) -> None:
         """After an update: count it, and drop and grow where a phase ends."""

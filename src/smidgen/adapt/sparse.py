@@ -9,10 +9,11 @@ PEFT has it). theta_eta = w_eta + delta, delta = 0 at the start, for the k posit
     structured  the main diagonal and whole rows, spread evenly: SHiRA-Struct
     gradient    the largest |sum of gradients| over the first `collect` updates, which train a random set that is then let go
                 of, as SpIEL's first selection: SHiRA-Grad, whose gradients are of a calibration set before training
+    snip        the same of |w sum of gradients|, how much the loss would change without the weight: SHiRA-SNIP
 
-Any method tunes the deltas, those from loss values alone too (zo_sgd: a probe displaces k entries); support gradient needs
-one whose state can follow (sparse_adamw, sm3). Bytes a tuned entry as in `spiel`, without candidates. On a base quantised
-by bitsandbytes the deltas are added to the dequantised temporary. It does not: SHiRA-SNIP's |w gradient|, several adapters.
+Any method tunes the deltas, those from loss values alone too (zo_sgd: a probe displaces k entries); supports gradient and
+snip need one whose state can follow (sparse_adamw, sm3). Bytes a tuned entry as in `spiel`, without candidates. On a base
+quantised by bitsandbytes the deltas are added to the dequantised temporary. It does not: several adapters.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ _NEVER = 1 << 62  # updates until a second selection
 class Config(_deltas.DeltaConfig):
     """Options of sparse deltas at fixed positions."""
 
-    support: Literal["random", "large", "small", "structured", "gradient"] = Field(
-        "random", description="which entries: random, the largest or smallest weights, diagonal and rows, largest gradients"
+    support: Literal["random", "large", "small", "structured", "gradient", "snip"] = Field(
+        "random",
+        description="which entries: random, the largest or smallest weights, diagonal and rows, the largest gradients, or the "
+        "largest products of weight and gradient",
     )
-    collect: int = Field(5, ge=1, description="updates whose gradients choose the entries, with support gradient; as in spiel")
+    collect: int = Field(
+        5, ge=1, description="updates whose gradients choose the entries, with support gradient or snip; as in spiel"
+    )
 
 
 class Sparse(Growing):
@@ -53,9 +58,10 @@ class Sparse(Growing):
     def __init__(self, model: nn.Module, config: Config, seed: int, fresh: Sequence[str]):
         super().__init__(model, config, seed, fresh)
         self.growing = None
-        if config.support == "gradient":
+        growth = {"gradient": "ag", "snip": "snip"}.get(config.support)
+        if growth is not None:
             once = Schedule(_NEVER, config.collect, 1.0, "linear", "all", False)
-            self.growing = Reselection(self.sites, self.view, once, "ag", 1.0, False)
+            self.growing = Reselection(self.sites, self.view, once, growth, 1.0, False)
 
     def _support(self, address: noise.Address, module: Any, count: int) -> Tensor:
         how, shape = self.config.support, _sparse_targets.shape(module)
