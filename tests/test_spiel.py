@@ -123,10 +123,11 @@ def test_entries_of_a_gradient_are_those_of_the_dense_one(monkeypatch, tokens, r
 
 
 @pytest.mark.parametrize("family", ["llama-untied", "gpt2", "opt-tied", "roberta-classification", "t5-tied"])
-@pytest.mark.parametrize("density", [0.01, 0.3])  # by dot products and by blocks
-def test_gradients_of_deltas_are_autograds(family, density):
-    kind, found = built(family, density=density)
-    _, twin = make(family)
+@pytest.mark.parametrize("density,dtype", [(0.01, torch.float32), (0.3, torch.float32), (0.05, torch.float64)])
+def test_gradients_of_deltas_are_autograds(family, density, dtype):
+    """By dot products, by blocks, and in float64, where what is left is the rounding of the float32 delta's gradient."""
+    kind, found = built(family, dtype, density=density)
+    _, twin = make(family, dtype)
     Engine(found.model, found.view, kind).differentiable(batch(kind)).nll.mean().backward()
     names = {n.removesuffix(".delta") + ".weight": s for n, s in found.sites.items()}
     for name, parameter in twin.named_parameters():
@@ -134,7 +135,8 @@ def test_gradients_of_deltas_are_autograds(family, density):
     Engine(twin, ParamView.of_model(twin), kind).differentiable(batch(kind)).nll.mean().backward()
     for name, site in names.items():
         dense = twin.get_parameter(name).grad.flatten()[site.index]
-        assert torch.allclose(site.delta.grad, dense, atol=1e-6), name
+        close = {"rtol": 1e-6, "atol": 1e-12} if dtype == torch.float64 else {"atol": 1e-6}
+        assert torch.allclose(site.delta.grad.to(dtype), dense, **close), name
 
 
 def test_checkpointing_and_two_micro_batches_give_the_same_gradients():

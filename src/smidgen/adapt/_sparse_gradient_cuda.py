@@ -34,6 +34,7 @@ def _kernel(
     right_token,
     right_column,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -54,6 +55,8 @@ def _kernel(
             mask=(t < tokens)[:, None] & (c < columns)[None, :],
             other=0.0,
         )
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
         tile = tl.dot(a, b, tile, input_precision=PRECISION)
     flat = tl.reshape(tile, (ROWS * COLUMNS,))
     stop = tl.load(cuts + tl.program_id(0) + 1)
@@ -90,6 +93,7 @@ def entries(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
             *left.stride(),
             *right.stride(),
             PRECISION="ieee" if full else "tf32",
+            WIDEN=left.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,  # which would multiply their bits
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             TOKENS=TOKENS,
