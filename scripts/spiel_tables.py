@@ -129,7 +129,7 @@ def crossing(record: dict[str, Any]) -> str:
     found: dict[tuple[str, str, str], dict[int, float]] = {}
     for key, value in record["figures"].items():
         shape, *rest = key.split("_")
-        if len(rest) == 5 and rest[-1] in WAYS:
+        if len(rest) == 6 and rest[-1] in WAYS:
             found.setdefault((shape, rest[0], rest[-1]), {})[int(rest[2])] = value
     densities = sorted({d for values in found.values() for d in values})
     rows = [(*key, *(f"{values[d]:.2f}" if d in values else "-" for d in densities)) for key, values in found.items()]

@@ -84,7 +84,8 @@ from smidgen.adapt import _sparse_gradient_cuda as ours
 
 def code(kind, precision):
     names = ours._kernel.arg_names
-    constants = dict(PRECISION=precision, WIDEN=False, ROWS=ours.ROWS, COLUMNS=ours.COLUMNS, TOKENS=ours.TOKENS, ENTRIES=ours.ENTRIES)
+    constants = {name: getattr(ours, name) for name in ("ROWS", "COLUMNS", "TOKENS", "ENTRIES")}
+    constants |= dict(PRECISION=precision, WIDEN=False)
     kinds = {"left": "*" + kind, "right": "*" + kind, "index": "*i32", "cuts": "*i64", "out": "*fp32"}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     source = ASTSource(fn=ours._kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
