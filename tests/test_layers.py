@@ -25,7 +25,7 @@ LAYERS = [
     "data encode collate loss lowrank",
     "activations models questions population subspace space",
     "adapt",
-    "lookup readers per_example",
+    "lookup readers per_example last_layer",
     "forward_mode reuse",
     "probing",
     "inputs batched hidden outputs simulate",

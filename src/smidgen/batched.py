@@ -2,7 +2,8 @@
 
 Theta is read only, and no layer's weight is displaced: what a probe adds to a layer's output is thin (`smidgen.population`).
 Any base that multiplies works, also a quantised one: its layers are called as they are. Examples may have probes of their
-own (`smidgen.per_example`). Layers below the first that a probe changes are run once, on B rows (`smidgen.reuse`).
+own (`smidgen.per_example`). Layers below the first that a probe changes are run once, on B rows (`smidgen.reuse`);
+the last one runs at label positions only (`smidgen.last_layer`).
 
 Agreement with the sequential engine, which forms W + A B^T: to float32 rounding of the sums (tests state the tolerance); in
 16 bits the thin products are more exact, since W + s z is never rounded. Memory: a forward of as many rows, plus the factors;
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from smidgen.directions import Probe, restrict
 from smidgen.kinds import Kind
+from smidgen.last_layer import at_labels, narrow
 from smidgen.loss import NOT_INPUTS, Losses, choice_index, criterion_loss, grouped, targets
 from smidgen.lowrank import Factored, is_matrix, sides
 from smidgen.params import Entry, ParamView
@@ -72,6 +74,7 @@ class BatchedEngine(Engine):
         self.memory = memory
         self._reason: str | None = None  # why probes are evaluated one at a time
         self._compared = False
+        self._narrow: list[nn.Module] = []  # of the last layer, where they were found to give the same at labels alone
 
     def together(
         self, batch: Batch, probes: Sequence[Probe], held: Held | None = None, span: Span | None = None
@@ -164,7 +167,8 @@ class BatchedEngine(Engine):
             people = Population(probes)
         labels = None if self.kind == "classification" else targets(many["labels"], self.kind)
         of = labels.rows if apart and labels is not None else None
-        with self._evaluating(), self._seen_by(people, count * rows, of):
+        keep = None if labels is None else labels.keep
+        with self._evaluating(), self._seen_by(people, count * rows, of), at_labels(self._narrow, keep):
             if labels is None:
                 nll = criterion_loss(self._forward(many).logits, many["labels"].view(-1), batch)
                 where = torch.arange(rows, device=nll.device)
@@ -227,6 +231,9 @@ class BatchedEngine(Engine):
     def _own_head(self, people: Population, of: Tensor, module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         return PopulationHead(module, self.entry_of, people, of).logits(args[0][0], slice(None))[None].to(out.dtype)
 
+    def _tuned_modules(self) -> set[int]:
+        return {id(owner) for reader in self.readers for _, owner, _ in reader.tensors}
+
     def _compare(self, few: Batch, probes: Sequence[Probe]) -> None:
         """Evaluate two probes on a few rows both ways; a difference or an error means one at a time from now on.
 
@@ -250,6 +257,13 @@ class BatchedEngine(Engine):
             gap = max(float((a - b).abs().max()) for a, b in zip(slow, fast, strict=True))
             if not gap <= tolerance * max(1.0, *(float(nll.abs().max()) for nll in slow)):
                 self._reason = f"losses differ by {gap:.2g} from one probe at a time: rows of a batch may see each other"
+                return
+            self._locate(few)
+            self._narrow = [] if self.reuse.last is None else narrow(self.model, self.reuse.last, self._tuned_modules())
+            slim = [found.nll for found in self._at_once(few, tried, span)] if self._narrow else fast
+            if not max(float((a - b).abs().max()) for a, b in zip(slim, fast, strict=True)) <= tolerance:
+                log.info("the last layer runs at all positions: at labels alone it gives other losses")
+                self._narrow = []
         except (NotBatchedError, RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
             self._reason = str(error).splitlines()[0]
         finally:

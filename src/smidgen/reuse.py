@@ -201,6 +201,11 @@ class Reuse:
     # -- the stack ----------------------------------------------------------------------------------------------------
 
     @property
+    def last(self) -> nn.Module | None:
+        """The last layer of the stack, where there is one."""
+        return self._layers[-1] if self._layers else None
+
+    @property
     def open(self) -> bool:
         """Whether the stack is still to be looked for."""
         return self.every > 0 and self._layers is None
