@@ -9,6 +9,7 @@ dfo_over_public   the same over the public code's loop: a candidate is written i
 dfo_layers        share of the layers that the fast side runs
 dfo_peak_ratio    peak memory over the loaded model of a round, over that of one plain forward of as many rows as the fast side
                   evaluates at once; each in its own process
+at_once           candidates that the fast side evaluates in one forward
 map_bytes         what the random maps would take if they were stored; they are not
 
 `--small` is a smoke test on a tiny model.
@@ -76,6 +77,10 @@ class Search:
         self.engine.reuse.every = int(fast)
         self.optimizer = CMAES(adapted.view, dimension=SHAPES[shape][5], population=POPULATION, init="hidden", incumbent="mean")
 
+        self.engine.prepare(self.data)
+        probes = [((z, 1.0),) for z in self.optimizer.space(0).displacements(np.ones((1, self.optimizer.dims[0])))]
+        self.at_once = min(POPULATION, max(1, self.engine.memory // self.engine.bytes_of(self.data, probes))) if fast else 1
+
     def __call__(self) -> list[float]:
         """The fitness of every candidate of a round."""
         from smidgen.objective import ModelObjective, Recorded
@@ -124,16 +129,16 @@ def speed(shape: str, repeats: int) -> dict[str, float]:
         mine = seconds(lambda found=found: found.append(fast()))
         ratios.append(seconds(lambda found=found: found.append(slow())) / mine)
         gaps.append(max(abs(a - b) for a, b in zip(*found, strict=True)))
-    calls = repeats * layers  # one forward of the whole population a generation, if memory allows
+    calls = repeats * layers * -(-POPULATION // fast.at_once)
     share = 1.0 - (fast.engine.reuse.skipped - skipped) / (calls * layers)
     each, gap = slow.public()
     over = each * layers * POPULATION / mine
     figures = {"dfo_speedup": statistics.median(ratios), "dfo_gap": max(gaps), "dfo_layers": share}
-    return figures | {"dfo_over_public": over, "public_gap": gap}
+    return figures | {"at_once": fast.at_once, "dfo_over_public": over, "public_gap": gap}
 
 
-def peak(side: str, shape: str) -> int:
-    """Bytes of peak memory over the loaded model of a second round, or of a plain forward of the population's rows."""
+def peak(side: str, shape: str, at_once: int) -> int:
+    """Bytes of peak memory over the loaded model of a round, or of a plain forward of the rows of so many candidates."""
     from smidgen import memory
 
     memory.warm_up()
@@ -145,7 +150,7 @@ def peak(side: str, shape: str) -> int:
         from smidgen.params import ParamView
         from smidgen.probing import Engine
 
-        model, data = model_and_rows(shape, POPULATION * SHAPES[shape][3])
+        model, data = model_and_rows(shape, at_once * SHAPES[shape][3])
         engine = Engine(model, ParamView.of_model(model), "masked")
         engine.prepare(data)
 
@@ -161,16 +166,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--shape", choices=SHAPES, default="study")
+    parser.add_argument("--at-once", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=("search", "forward"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = "tiny" if options.small else options.shape
     if options.peak:
-        print(json.dumps(peak(options.peak, shape)))
+        print(json.dumps(peak(options.peak, shape, options.at_once)))
         return
     figures = speed(shape, 1 if options.small else options.repeats)
     peaks = {}
     for side in ("search", "forward"):
-        command = [sys.executable, __file__, "--peak", side, "--shape", shape]
+        command = [sys.executable, __file__, "--peak", side, "--shape", shape, "--at-once", str(figures["at_once"])]
         peaks[side] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     hidden, layers, *_, d = SHAPES[shape]
     figures |= {"dfo_peak_ratio": peaks["search"] / max(1, peaks["forward"]), "map_bytes": layers * hidden * 4 * d * 4}

@@ -45,6 +45,7 @@ from smidgen.reuse import Held
 log = logging.getLogger("smidgen")
 
 MEMORY = 1 << 30  # bytes of activations of one forward, above which the probes are split into several; chosen
+CACHED = 1 << 26  # the same on a CPU, where larger forwards leave its caches: a third more time at 1 GiB (docs/decisions.md)
 NARROW = 64  # a matrix whose smaller side is at most this may be displaced by dense noise in a batch; chosen
 _LIVE = 4  # tensors as wide as the widest layer that are alive at once in a forward without gradient; measured
 
@@ -69,9 +70,12 @@ def unsupported(engine: Engine) -> str | None:
 class BatchedEngine(Engine):
     """An engine that evaluates probes with factors together. `together` means what `losses` means, for several probes."""
 
-    def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal", *, memory: int = MEMORY):
+    def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal", *, memory: int | None = None):
+        """memory: bytes of activations of one forward; None: `CACHED` on a CPU (`MEMORY` where it generates), else `MEMORY`."""
         super().__init__(model, view, kind)
-        self.memory = memory
+        cpu = next((e.tensor.device.type for e in view), "cpu") == "cpu"
+        self.memory = memory or (CACHED if cpu else MEMORY)
+        self._generating = memory or MEMORY
         self._reason: str | None = None  # why probes are evaluated one at a time
         self._compared = False
         self._narrow: list[nn.Module] = []  # of the last layer, where they were found to give the same at labels alone
@@ -107,7 +111,7 @@ class BatchedEngine(Engine):
             self._compare(_few(batch), [probe for probe in probes if probe][:2])
         if self._reason is not None:
             return None
-        size, rows, found = max(1, int(self.memory / longer) // self.bytes_of(batch, probes)), batch["labels"].shape[0], []
+        size, rows, found = max(1, int(self._generating / longer) // self.bytes_of(batch, probes)), batch["labels"].shape[0], []
         for lo in range(0, len(probes), size):
             people = Population(probes[lo : lo + size])
             with self._evaluating(), self._seen_by(people, len(people) * rows, head=True):
