@@ -69,7 +69,7 @@ def at_labels(modules: Sequence[nn.Module], keep: Tensor | None) -> Iterator[Non
                 module.forward = forward
 
 
-def _forward(forward: Callable[..., Any], shape: torch.Size, places: tuple[Tensor, Tensor], *args: Any, **given: Any) -> Any:
+def _forward(forward: Callable[..., Any], shape: torch.Size, places: tuple[Tensor, ...], *args: Any, **given: Any) -> Any:
     rows = [x for x in args if isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] == shape[0] and x.shape[1] >= shape[1]]
     if given or not rows or len(rows) < len(args):
         return forward(*args, **given)
