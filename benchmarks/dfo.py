@@ -1,8 +1,8 @@
 """Derivative-free search of DFO-LoRA's small spaces on a RoBERTa-shaped random model of the size of the study's (hidden 128,
 4 layers), float32: 32 rows of 50 tokens with one masked label word, populations of 20, query and key, r = 4, d = 500 a layer.
 
-dfo_speedup       evaluations a second of `cma_es` through the batched engine with the prefix cache, over those of one candidate
-                  at a time without it; a round over all layers on both sides, which alternate
+dfo_speedup       evaluations a second of processor time, of `cma_es` through the batched engine with the prefix cache, over
+                  those of one candidate at a time without it; a round over all layers on both sides, which alternate
 dfo_gap           largest difference of a candidate's fitness between the two
 dfo_over_public   the same over the public code's loop: a candidate is written into the adapters, the whole model runs on the
                   batch, with its logits over the whole vocabulary at all positions; public_gap: difference of fitness
@@ -22,6 +22,8 @@ import json
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 
-from _models import peak_over, seconds
+from _models import peak_over
 from _record import emit
 
 POPULATION = 20
@@ -60,6 +62,13 @@ def model_and_rows(shape: str, rows: int | None = None) -> tuple[torch.nn.Module
     words = torch.tensor([100, 200])
     labels[:, 3] = words[torch.arange(count) % 2]
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "choices": words}
+
+
+def processor(run: Callable[[], object]) -> float:
+    """Processor time of a call, seconds: a busy machine changes it little; compare with one thread."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 class Search:
@@ -93,7 +102,7 @@ class Search:
         return values
 
     def public(self) -> tuple[float, float]:
-        """Seconds of a candidate in the public code's loop, and the largest difference of its fitness from the engine's."""
+        """Processor time of a candidate in the public code's loop, and the largest difference from the engine's fitness."""
         optimizer, view, words = self.optimizer, self.optimizer.view, self.data["choices"]
         inputs = {key: self.data[key] for key in ("input_ids", "attention_mask")}
         rows, at = (self.data["labels"] >= 0).nonzero(as_tuple=True)
@@ -112,7 +121,7 @@ class Search:
                 return float(torch.nn.functional.cross_entropy(logits, golds))
 
             found: list[float] = []
-            took.append(seconds(lambda run=run, found=found: found.append(run())))
+            took.append(processor(lambda run=run, found=found: found.append(run())))
             gaps.append(abs(found[0] - float(known.nll.mean())))
         view.restore(start)
         return statistics.median(took), max(gaps)
@@ -126,8 +135,8 @@ def speed(shape: str, repeats: int) -> dict[str, float]:
     skipped, ratios, mine = fast.engine.reuse.skipped, [], 0.0
     for _ in range(repeats):
         found: list[list[float]] = []
-        mine = seconds(lambda found=found: found.append(fast()))
-        ratios.append(seconds(lambda found=found: found.append(slow())) / mine)
+        mine = processor(lambda found=found: found.append(fast()))
+        ratios.append(processor(lambda found=found: found.append(slow())) / mine)
         gaps.append(max(abs(a - b) for a, b in zip(*found, strict=True)))
     calls = repeats * layers * -(-POPULATION // fast.at_once)
     share = 1.0 - (fast.engine.reuse.skipped - skipped) / (calls * layers)
