@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from smidgen import __version__
+from smidgen.compare_command import compare, report
 from smidgen.config import ConfigError, UserError, options
 from smidgen.config_file import load
 from smidgen.plan_command import plan
@@ -357,7 +358,8 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-app.command()(plan)
+for _verb in (plan, compare, report):
+    app.command()(_verb)
 
 
 @app.callback()

@@ -7,6 +7,8 @@ free-text answers. Does not do: images, tool schemas.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +57,15 @@ class Corpus:
     def beta(self) -> float | None:
         """Of direct preference optimisation where rows are pairs; else None."""
         return getattr(self.task, "beta", None)
+
+    def fingerprint(self, split: str) -> str:
+        """Hex digest of a split's examples, as a causal model is asked: equal where two runs read the same rows alike."""
+        canonical = canonical_split(split)
+        rows = self.task.examples(canonical, "causal") if self.task is not None else to_examples(self.rows(canonical))[0]
+        digest = hashlib.sha256()
+        for example in take(list(rows), self.limits.get(canonical), _content):
+            digest.update(json.dumps(_content(example), default=str).encode())
+        return digest.hexdigest()
 
     def examples(self, split: str, kind: str = "causal", tokenizer: Any = None) -> list[Example | Chat | Pair]:
         """Examples of 'train', 'validation' (or 'dev') or 'test', as many as the run wants, asked as a kind is asked.

@@ -50,6 +50,7 @@ class Model:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     classes: int | None = None
+    quantise: str | None = None  # how its linear layers but the output head are held: nf4, int8
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,12 @@ class Planner:
         self.model, self.rows = model, rows
         self._trace = functools.cache(self._simulate)
         self._view = functools.cache(self._tuned)
+
+    def passes(self, case: Case) -> tuple[Passes, dict[str, int]]:
+        """What a step of a case asks of the model, and the sizes of the tuned tensors. Raises ConfigError as `plan` does."""
+        tuned, _, _ = self._view(case.scheme, _frozen(case.scheme_options))
+        sizes = {name: shape for name, (shape, _) in tuned.items()}
+        return passes(case.method, dict(case.options or {}), sizes), {name: math.prod(size) for name, size in sizes.items()}
 
     def plan(self, case: Case) -> Plan:
         """What a case needs. Raises ConfigError where the scheme or the method refuses the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,46 @@ Say = Callable[[str], None]
 
 
 class Progress(transformers.TrainerCallback):
-    """metrics.jsonl and one console line a log step; ends the run when a signal came."""
+    """metrics.jsonl and one console line a log step; ends the run when a signal came.
+
+    A line says how long the run has trained, without its evaluations: seconds, and cpu_seconds of processor time.
+    """
 
     def __init__(self, folder: Path, signals: Signals, backward: bool, say: Say):
         self.folder, self.signals, self.backward, self.say = folder, signals, backward, say
+        self._spent = self._since = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folders.rewind_metrics(self.folder, state.global_step)
+        self._spent = next(
+            ((v["seconds"], v["cpu_seconds"]) for v in reversed(folders.metrics(self.folder)) if "seconds" in v), (0.0, 0.0)
+        )
+        self._since = _clocks()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = {k: v for k, v in (logs or {}).items() if k != "total_flos"}
         if "loss" in logs:
             logs["mem/peak_mb"] = round(memory.peak() / 2**20, 1)
-        folders.append_metrics(self.folder, {"step": state.global_step, **logs})
+        seconds, cpu_seconds = self._spent
+        spent = {"seconds": round(seconds, 4), "cpu_seconds": round(cpu_seconds, 4)}
+        folders.append_metrics(self.folder, {"step": state.global_step, **logs, **spent})
         if "loss" in logs or any(k.startswith("eval_") for k in logs):
             self.say(f"step {state.global_step}/{state.max_steps}  " + line(logs))
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._since = _clocks()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now = _clocks()
+        self._spent = self._spent[0] + now[0] - self._since[0], self._spent[1] + now[1] - self._since[1]
         if self.signals.received and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_evaluate = control.should_log = False
             control.should_save = self.backward
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def line(logs: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +97,10 @@ def say_aloud(line: str) -> None:
     print(line, flush=True)
 
 
-def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) -> dict[str, Any]:
+def finetune(config: RunConfig, *, dry_run: bool = False, test: bool = True, say: Say = say_aloud) -> dict[str, Any]:
     """Train as configured and return the content of result.json. Everything that can be refused is refused before the
-    folder is touched. Raises UserError, whose `exit_code` is the command's."""
+    folder is touched. test: whether the test rows are read, once, at the end: a trial of a search leaves them alone.
+    Raises UserError, whose `exit_code` is the command's."""
     config = folders.resumed(config) if config.resume else presets.fill(auto.resolve(config, say), say)
     scheme_config(config)
     check_quantise(config)
@@ -126,7 +128,7 @@ def finetune(config: RunConfig, *, dry_run: bool = False, say: Say = say_aloud) 
     if dry_run:
         return {"status": "dry run", "output": str(folder), "rows": len(examples), "config": configuration.dump(config)}
     with folders.locked(folder), Signals() as signals, _explained(config, folder) as start:
-        return _train(config, start, corpus, examples, goal, arguments, signals, say)
+        return _train(config, start, corpus, examples, goal, arguments, test, signals, say)
 
 
 def _check_kind(config: RunConfig, corpus: data.Corpus) -> Kind:
@@ -196,6 +198,7 @@ def _train(
     examples: list[Any],
     goal: str,
     arguments: transformers.TrainingArguments,
+    test: bool,
     signals: Signals,
     say: Say,
 ) -> dict[str, Any]:
@@ -241,7 +244,7 @@ def _train(
         how = "what the model has room for, capped" if config.packing else "95th percentile of the training rows, capped"
         say(f"max_length = {rows.max_length}  ({how})")
         config = configuration.with_values(config, {"max_length": rows.max_length})
-    names = {"dev": "validation"} | ({"test": "test"} if corpus.has("test") else {})
+    names = {"dev": "validation"} | ({"test": "test"} if test and corpus.has("test") else {})
     splits = {name: evaluation_of(config, corpus, loaded, split) for name, split in names.items()}
     for name, split in splits.items():
         for remark in split.rows.notices:
@@ -337,6 +340,8 @@ def _train(
         "kind": kind,
         "classes": classes,
         "weights_sha256": sha256,
+        "data": {"train": _rows_of(corpus, "train", len(examples))}
+        | {name: _rows_of(corpus, split, len(splits[name].rows), splits[name]) for name, split in names.items()},
         "config_sha256": configuration.config_sha256(config),
         "versions": environment()["versions"],
         "output": str(folder),
@@ -344,6 +349,13 @@ def _train(
     folders.write_json(folder / folders.RESULT, result)
     folders.write_text(folder / folders.CARD, model_card(config, result))
     return result
+
+
+def _rows_of(corpus: data.Corpus, split: str, rows: int, measured: Any = None) -> dict[str, Any]:
+    """What a result says of a split: its rows, what identifies them, and how often the commonest answer is right."""
+    golds = getattr(measured, "golds", None)
+    found = {"rows": len(golds) if golds else rows, "sha256": corpus.fingerprint(split)}
+    return found | ({"majority": max(Counter(golds).values()) / len(golds)} if golds else {})
 
 
 def evaluation_of(
