@@ -7,14 +7,11 @@ generator state of another, and its peak memory is its own.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import importlib.util
 import io
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import traceback
 from collections import Counter
@@ -166,20 +163,10 @@ def state_bytes(config: Any, classes: int | None, options: Any) -> int:
     return optim.get(config.method).build.state_bytes(shapes, options)
 
 
-def populate() -> None:
-    """Map the pages of the loaded libraries now: a forked process would count each that it touches as the run's memory."""
-    if sys.platform != "linux":
-        return
-    libc, read = ctypes.CDLL(None, use_errno=True), 22  # MADV_POPULATE_READ, Linux 5.14; older kernels refuse it
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, access, *_, name = line.split(maxsplit=5)
-        if ".so" in name and access.startswith("r"):
-            first, last = (int(part, 16) for part in span.split("-"))
-            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), read)
-
-
 def perform(run: Run, shared: Path, data: Path, to: Path, threads: int, measure: Measure) -> None:
     """Make a run and write its record, or print what broke and where; to be the whole life of a process."""
+    from smidgen.isolated import populate
+
     said = io.StringIO()
     path = to / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,37 +184,10 @@ def perform(run: Run, shared: Path, data: Path, to: Path, threads: int, measure:
 
 
 def prepare(threads: int) -> None:
-    """Import, compile and rehearse what every run needs, once, in the process that forks, and give the memory back.
+    """Import, compile and rehearse what every run needs, in the process that forks."""
+    from smidgen import isolated
 
-    Without the rehearsal each run would count tens of MiB of imports and first uses as its own. The objects are then taken
-    out of the garbage collector's sight: a run that collects would walk, and so copy, all of them.
-    """
-    import torch
-
-    from smidgen import optim
-    from smidgen import run as runs
-    from smidgen.config import RunConfig
-
-    torch.set_num_threads(threads)
-    for name in optim.names():
-        optim.get(name)
-    train = {"max_steps": 2, "per_device_train_batch_size": 4, "train_sampling_strategy": "group_by_length"}
-    few: dict[str, Any] = {
-        "task": "reviews",
-        "train_rows": 8,
-        "dev_rows": 8,
-        "test_rows": 8,
-        "train": train,
-        "threads": threads,
-    }
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        for method, scheme in (("adamw", "full"), ("zo_sgd", "lora")):
-            config = RunConfig.model_validate({**few, "method": method, "scheme": scheme, "output": f"{folder}/{method}"})
-            runs.finetune(config, say=lambda line: None)
-    gc.collect()
-    gc.freeze()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    isolated.rehearse(threads)
 
 
 def start(

@@ -35,7 +35,7 @@ LAYERS = [
     "journal evaluate planner provenance rewards moving head_start",
     "trainer goal measure advice",
     "estimate",
-    "settings card progress best",
+    "settings card progress best exhausted",
     "run",
     "rebuild inference listing",
     "export harness isolated grid records",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -40,6 +41,9 @@ def compare(
         return
     if len(items) > 1:
         raise ConfigError(f"'{items[1]}' beside a grid: give one grid, or folders of finished runs")
+    if not Path(grids[0]).exists():
+        raise ConfigError(f"there is no grid '{grids[0]}': recipes/ has some")
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     from smidgen.compare import Comparison
     from smidgen.grid import Grid
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smidgen import folder as folders
+from smidgen import records as runs
 from smidgen import report
 from smidgen.config import ConfigError, UserError
 
@@ -42,7 +43,8 @@ def demo(output: Path, say: Callable[[str], None]) -> dict[str, Any]:
         )
     found = {"task": "reviews", "model": "embedded", "records": records, "seconds": time.perf_counter() - started}
     folders.write_json(output / "demo.json", found)
-    folders.write_text(output / "report.html", report.page("smidgen demo: reviews, embedded model", records))
+    made = runs.read([output / f"{method}-{scheme}" for method, scheme, _ in CELLS])
+    folders.write_text(output / "report.html", report.page("smidgen demo: reviews, embedded model", made))
     say(f"{found['seconds']:.0f} s in all; report: {output / 'report.html'}")
     say("next: smidgen train --model MODEL --data my.jsonl")
     return found

@@ -240,6 +240,8 @@ class Planner:
 
     def _adapted(self, config: Any, scheme: str, options: Mapping[str, Any]) -> Any:
         model = simulate.build(config, self.model.kind, self.model.dtype, self.model.classes)
+        if self.model.quantise is not None:
+            simulate.quantised(model)
         module = adapt.get(scheme)
         return module.build(model, module.Config(**options), seed=0, fresh=[])
 
@@ -262,7 +264,7 @@ class Planner:
             with simulate.without_storage(model, self.model.device):
                 if keep == "checkpointing":
                     simulate.checkpoint(model)
-                return simulate.trace(model, self.model.kind, batch, backward=backward)
+                return simulate.trace(model, self.model.kind, batch, backward=backward, quantise=self.model.quantise)
 
         return once(self.model.config) if below else simulate.of_depth(self.model.config, once)
 

@@ -108,7 +108,9 @@ def _of_folder(path: Path) -> list[Record]:
     if (path / folders.RESOLVED).exists():
         return [_of_run_folder(path)]
     below = path / FOLDER if (path / FOLDER).is_dir() else path
-    records = [record for file in sorted(below.glob("**/*.json")) if (record := _of_file(file)) is not None]
+    files = [file for pattern in ("*.json", "*/*.json") for file in sorted(below.glob(pattern))]
+    made = [file for file in files if not (file.parent / folders.RESOLVED).exists()]
+    records = [record for file in made if (record := _of_file(file)) is not None]
     runs = sorted({file.parent for file in path.glob("*/" + folders.RESOLVED)})
     records += [_of_run_folder(run) for run in runs]
     if not records:

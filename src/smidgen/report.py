@@ -85,10 +85,11 @@ def _how(records: Sequence[Record]) -> str:
     items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in how(records) if text)
     rule = (
         "Seconds are those of training, without evaluations. Peak memory is that of the run's process over its loaded "
-        "libraries, the model and its evaluation included. ± is the standard deviation over seeds. A difference counts when it "
-        "exceeds two standard errors: of the differences seed by seed where both have the same seeds, else of both. “No "
-        "signal”: not more than two standard errors better than the model as it is, a guess and the commonest answer. With "
-        "many methods, some differences exceed two standard errors by chance."
+        "libraries, the model and its evaluation included. ± is the standard deviation over seeds. A difference counts "
+        "when its 95 % interval leaves out zero: Student's t over seeds, pairwise where both have the same; over the rows "
+        "that judged where there is one seed. “No signal”: not more than two standard errors of the rows "
+        "better than the model as it is, "
+        "a guess and the commonest answer. With many methods, some differences count by chance."
     )
     return f"<details><summary>What was compared, and how</summary><dl>{items}</dl><p>{rule}</p></details>"
 

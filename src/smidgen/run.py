@@ -25,6 +25,7 @@ from smidgen.card import model_card
 from smidgen.chat import FORMS, give_form
 from smidgen.config import Interrupted, MemoryRefused, RunConfig, UserError, notice
 from smidgen.evaluate import HEADLINES, Evaluation, evaluation
+from smidgen.exhausted import check, explain
 from smidgen.goal import GENERATED, choose_goal, failed, packable, prepare, reward_of, settled
 from smidgen.kinds import Kind, detect_kind, head_of
 from smidgen.moving import Moving
@@ -125,6 +126,7 @@ def finetune(config: RunConfig, *, dry_run: bool = False, test: bool = True, say
     if not config.resume:
         config = choose(config, count_rows(config, examples, packed), say)
     arguments = training_arguments(config, folder)
+    check(config, corpus, device(), say)
     if dry_run:
         return {"status": "dry run", "output": str(folder), "rows": len(examples), "config": configuration.dump(config)}
     with folders.locked(folder), Signals() as signals, _explained(config, folder) as start:
@@ -163,10 +165,10 @@ def _explained(config: RunConfig, folder: Path) -> Iterator[_Start]:
                 f"last checkpoint; make room and run `smidgen train --resume --output {folder}`"
             ) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise MemoryRefused(_out_of_memory(config, error)) from error
+            raise MemoryRefused(explain(config, error, folder, start.begun, device())) from error
         except RuntimeError as error:
             if "not enough memory" in str(error):
-                raise MemoryRefused(_out_of_memory(config, error)) from error
+                raise MemoryRefused(explain(config, error, folder, start.begun, device())) from error
             if "No space left" in str(error):
                 raise UserError(str(error)) from error
             raise
@@ -178,17 +180,6 @@ def _explained(config: RunConfig, folder: Path) -> Iterator[_Start]:
             else:
                 folders.withdraw(folder)
         raise
-
-
-def _out_of_memory(config: RunConfig, error: BaseException) -> str:
-    train = config.train
-    half, twice = max(1, train.per_device_train_batch_size // 2), 2 * train.gradient_accumulation_steps
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    length = config.max_length or "all their"
-    return (
-        f"out of memory with {train.per_device_train_batch_size} rows of up to {length} tokens ({first}): "
-        f"try --batch {half} train.gradient_accumulation_steps={twice}"
-    )
 
 
 def _train(

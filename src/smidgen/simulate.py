@@ -120,6 +120,45 @@ def checkpoint(model: nn.Module) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
 
 
+_STORED = {"nf4": 0.516, "int8": 1.0}  # bytes a weight: codes, and their scales (bitsandbytes, doubly quantised)
+
+
+class _Dequantised(torch.autograd.Function):
+    """x W^T with a copy of W that lives as long as the product, in the backward pass again: `smidgen.quantised`'s cost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return x @ weight.clone().t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ ctx.weight.clone(), None
+
+
+def quantised(model: nn.Module) -> None:
+    """Let the linear layers of a model without storage, but its output head, cost what quantised ones do."""
+    head = output_head(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head and module.weight.shape[0] > 1:
+            module.weight.requires_grad_(False)
+
+            def forward(x: Tensor, of: nn.Linear = module) -> Tensor:
+                y = _Dequantised.apply(x, of.weight.detach())
+                return y if of.bias is None else y + of.bias
+
+            module.forward = forward  # type: ignore[method-assign]
+            module.smidgen_quantised = True  # type: ignore[assignment]
+
+
+def saved_by(model: nn.Module, quantise: str | None) -> int:
+    """Bytes by which quantised layers are smaller than what stands for them in a simulated model."""
+    if quantise is None:
+        return 0
+    held = [m.weight for m in model.modules() if getattr(m, "smidgen_quantised", False)]
+    return sum(int(w.numel() * (w.element_size() - _STORED[quantise])) for w in held)  # type: ignore[operator,union-attr,misc]
+
+
 @dataclass(frozen=True)
 class Rows:
     """The batch of a step."""
@@ -169,13 +208,17 @@ def build(
         return auto.from_config(found, dtype=dtype).eval()  # type: ignore[no-any-return]
 
 
-def trace(model: nn.Module, kind: Kind, batch: Rows, *, backward: bool, dropout: bool = True) -> Trace:
+def trace(
+    model: nn.Module, kind: Kind, batch: Rows, *, backward: bool, dropout: bool = True, quantise: str | None = None
+) -> Trace:
     """Simulate one forward, or one forward and backward, of a model without storage; inside `without_storage`.
 
+    quantise: how the layers that `quantised` marked are held.
     The loss is that of `smidgen.loss`: only labelled positions meet the output head, in blocks.
     """
     held = [*model.parameters(), *model.buffers()]
     weights = sum(t.untyped_storage().nbytes() for t in {id(t.untyped_storage()): t for t in held}.values())
+    weights -= saved_by(model, quantise)
     ledger, layers = Ledger(iter(held)), _layers(model)
     if not backward:
         with torch.no_grad(), ledger:

@@ -1,8 +1,8 @@
 """What records say together: a table for each task, with mean and spread over seeds, cost, and who is told apart from whom.
 
-A difference counts when it exceeds two standard errors: over seeds where both have two or more (pairwise where they share
-them), else over the rows that judged. What does not exceed the model as it is, a guess and the commonest answer by as much is
-`no signal`, and is not ranked. Runs of trials and pilots are not results and are left out.
+A difference counts when its 95 % interval leaves out zero: Student's t over seeds where both have two or more (pairwise where
+they share them), else the standard error over the rows that judged. What does not exceed the model as it is, a guess and the
+commonest answer by two standard errors of the rows is `no signal`, and is not ranked. Trials and pilots are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from smidgen.records import SHARES, Record, final
 
-ERRORS = 2.0  # standard errors that a difference must exceed to be called one
+ERRORS = 2.0  # standard errors of the rows that a gain must exceed to be called one
+_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided, for 1 to 10 degrees of freedom
 
 
 @dataclass
@@ -159,25 +160,33 @@ def _row_error(record: Record, value: float) -> float | None:
 
 
 def _signal(line: Line, table: Table) -> bool:
-    """Whether a line exceeds what has to be beaten by two standard errors: of the rows, or of a loss over seeds."""
-    error = _row_error(line.records[0], line.mean) if table.share else line.error
+    """Whether a line exceeds what has to be beaten: by two standard errors of the rows, or of a loss by its interval."""
     gain = line.mean - table.floor if table.higher else table.floor - line.mean
-    return gain > ERRORS * (error or 0.0)
+    if table.share:
+        return gain > ERRORS * (_row_error(line.records[0], line.mean) or 0.0)
+    return gain > student(len(line.values) - 1) * (line.error or 0.0) if line.spread is not None else gain > 0
 
 
 def against(line: Line, best: Line, sign: float) -> str:
-    """`below the best` or `not told apart`, by two standard errors."""
+    """`below the best`, `not told apart`, or `one run each` where nothing tells."""
     mine, theirs = ({r["seed"]: v for r, v in zip(a.records, a.values, strict=True)} for a in (line, best))
     shared = sorted(mine.keys() & theirs.keys())
     if len(shared) > 1 and len(shared) == len(mine) == len(theirs):
         differences = [theirs[s] - mine[s] for s in shared]
-        error: float | None = statistics.stdev(differences) / math.sqrt(len(shared))
+        room: float | None = student(len(shared) - 1) * statistics.stdev(differences) / math.sqrt(len(shared))
+    elif min(len(mine), len(theirs)) > 1:
+        room = student(min(len(mine), len(theirs)) - 1) * math.hypot(line.error or 0.0, best.error or 0.0)
     else:
-        errors = [line.error, best.error]
-        error = None if None in errors else math.hypot(*(e for e in errors if e is not None))
-    if error is None:
+        errors = [_row_error(a.records[0], a.mean) for a in (line, best)]
+        room = None if None in errors else ERRORS * math.hypot(*(e for e in errors if e is not None))
+    if room is None:
         return "one run each"
-    return "below the best" if sign * (best.mean - line.mean) > ERRORS * error else "not told apart"
+    return "below the best" if sign * (best.mean - line.mean) > room else "not told apart"
+
+
+def student(freedom: int) -> float:
+    """How many standard errors a 95 % interval reaches with so many degrees of freedom."""
+    return _T95[freedom - 1] if freedom <= len(_T95) else ERRORS
 
 
 def frontier(lines: Sequence[Line], higher: bool) -> list[Line]:
