@@ -31,7 +31,7 @@ from smidgen import folder as folders
 from smidgen.config import ConfigError, Interrupted, RunConfig, UserError
 from smidgen.grid import UNTRAINED, Cell, Grid, Run, select
 from smidgen.planner import Planner
-from smidgen.records import FOLDER, FORMAT, Record, of_run
+from smidgen.records import FOLDER, FORMAT, Record, of_run, spent
 from smidgen.run import device, environment, finetune
 from smidgen.search import FILE as DATABASE
 from smidgen.search import Search, Values
@@ -355,9 +355,8 @@ class Comparison:
 
 
 def pace(record: Record) -> float:
-    """Seconds a step of a run: processor time on a CPU, which other work on the machine changes little; else wall time."""
-    spent = record["seconds"] if torch.cuda.is_available() else record["cpu_seconds"] / max(1, record["threads"])
-    return max(1e-6, spent / max(1, record["steps"]))
+    """Seconds a step of a run (`spent`)."""
+    return max(1e-6, spent(record) / max(1, record["steps"]))
 
 
 def _sources(given: Any) -> list[Any]:
@@ -407,7 +406,8 @@ def command(run: Run) -> str:
     words = []
     for key, value in mine.items():
         if key == "train":
-            flat = {**value, **value.pop("extra")}
+            extra = value.pop("extra")
+            flat = {**value, **extra}
             words += [f"train.{k}={_word(v)}" for k, v in flat.items() if v != default["train"].get(k)]
         elif value != default[key]:
             words.append(f"{key}={_word(value)}")

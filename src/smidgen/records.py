@@ -3,7 +3,7 @@
 Format 2 is what `smidgen compare` writes (`of_run`). A finished run's folder is read as a record of its own; format 1, that of
 the committed studies (results/zo_bench), is brought to format 2; any other is refused by name.
 
-Bytes are bytes, seconds are those of training without its evaluations, metrics lie between 0 and 1, losses are in nats.
+Bytes are bytes, seconds are those of training without its evaluations (`spent` says which), metrics lie between 0 and 1, losses are in nats.
 """
 
 from __future__ import annotations
@@ -66,6 +66,15 @@ def curve(result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list
         if measures and line["step"] < steps:
             points.append(point(line["step"], line, measures))
     return [*points, point(steps, last, result["dev"])]
+
+
+def spent(record: Mapping[str, Any], point: Mapping[str, Any] | None = None) -> float:
+    """Seconds of training, of a whole run or up to a point of its curve: on a CPU its processor time over its threads, which
+    other work on the machine changes little; on another device wall time."""
+    at = record if point is None else point
+    if record.get("device") == "cpu" and record.get("threads") and at.get("cpu_seconds"):
+        return at["cpu_seconds"] / record["threads"]
+    return at["seconds"]
 
 
 def final(record: Mapping[str, Any]) -> str:
@@ -154,6 +163,7 @@ def migrated(old: Mapping[str, Any], name: str) -> Record:
     if old["status"] != "done":
         return found
     found |= {key: old[key] for key in (*_COUNTS, "before", "dev", "versions", "weights_sha256") if key in old}
+    found |= {"device": "cpu", "threads": old["threads"]}
     found |= {"metric": old.get("metric", "accuracy"), "seconds": old["seconds"], "cpu_seconds": old["cpu_seconds"]}
     source = json.dumps([old["data"], old["task"], old["task_args"]], sort_keys=True)
     splits = {"train": "train", "validation": "dev", "test": "test"}
@@ -181,6 +191,9 @@ def _of_run_folder(folder: Path) -> Record:
     task = config.task or (config.data if isinstance(config.data, str) else "data")
     found |= {"format": FORMAT, "name": folder.name, "model": Path(config.model).name, "task": Path(str(task)).stem}
     found |= {"scheme": config.scheme, "method": label(config), "role": "seed"}
+    if (folder / folders.ENVIRONMENT).exists():
+        machine = json.loads((folder / folders.ENVIRONMENT).read_text(encoding="utf-8"))
+        found |= {key: machine.get(key) for key in ("device", "threads")}
     return found | {"command": f"smidgen train {folder / folders.RESOLVED} output=NEW_FOLDER", "folder": str(folder)}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from smidgen import summary
 from smidgen.charts import Curve, Mark, bars, curves, scatter, swatch
 from smidgen.page import frame
-from smidgen.records import Record, final, refuse_unequal
+from smidgen.records import Record, final, refuse_unequal, spent
 from smidgen.summary import Table, memory
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "scratch")
@@ -84,7 +84,8 @@ def _span(values: Sequence[Any]) -> str:
 def _how(records: Sequence[Record]) -> str:
     items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in how(records) if text)
     rule = (
-        "Seconds are those of training, without evaluations. Peak memory is that of the run's process over its loaded "
+        "Seconds are those of training, without evaluations; on a CPU processor time over threads, which other work on the "
+        "machine changes little. Peak memory is that of the run's process over its loaded "
         "libraries, the model and its evaluation included. ± is the standard deviation over seeds. A difference counts "
         "when its 95 % interval leaves out zero: Student's t over seeds, pairwise where both have the same; over the rows "
         "that judged where there is one seed. “No signal”: not more than two standard errors of the rows "
@@ -145,7 +146,10 @@ def _curve_chart(table: Table, axis: str) -> tuple[str, str]:
         points = []
         for k in range(length):
             at = [r["curve"][k] for r in line.records]
-            x = [p["forwards"] + 2 * p["backwards"] if axis == "forwards" else p["seconds"] for p in at]
+            x = [
+                p["forwards"] + 2 * p["backwards"] if axis == "forwards" else spent(r, p)
+                for r, p in zip(line.records, at, strict=True)
+            ]
             points.append((statistics.fmean(x), _scaled(table, statistics.fmean(p[table.metric] for p in at))))
         lines.append(Curve(points, line.label, order[id(line)]))
     unit = "batches forward; a back-propagation counts two more" if axis == "forwards" else "seconds of training"
