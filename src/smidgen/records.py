@@ -3,7 +3,8 @@
 Format 2 is what `smidgen compare` writes (`of_run`). A finished run's folder is read as a record of its own; format 1, that of
 the committed studies (results/zo_bench), is brought to format 2; any other is refused by name.
 
-Bytes are bytes, seconds are those of training without its evaluations (`spent` says which), metrics lie between 0 and 1, losses are in nats.
+Bytes are bytes, seconds are of training without its evaluations (`spent` says which), metrics lie between 0 and 1, losses
+are in nats.
 """
 
 from __future__ import annotations
