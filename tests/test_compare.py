@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
 
 
 def test_every_run_has_one_record_with_all_that_is_promised(finished):
-    folder, made, ended = finished
+    folder, _, ended = finished
     assert ended == {"done": 1 + 2 * (2 + 1)}  # the model as it is; two contestants of two trials and a seed
     record = json.loads((folder / "records/embedded-reviews/full-zo_sgd-seed-0.json").read_text())
     for key in ("config", "versions", "seed", "interval", "forwards", "tokens", "seconds", "peak_bytes", "planned", "curve"):
