@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "src" / "smidgen"
 
 # Lowest first; modules of one layer do not import each other. A name that is no file yet is a reserved place.
 LAYERS = [
-    "config embedded fingerprint",
+    "config embedded fingerprint intervals",
     "user_code sandbox",
     "config_file",
     "noise tasks folder signals presets auto",

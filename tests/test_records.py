@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from smidgen import records
+from smidgen import intervals, records
 from smidgen.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -96,9 +96,9 @@ def test_a_failed_run_asks_for_no_data():
 
 @pytest.mark.parametrize(("value", "rows"), [(0.0, 10), (1.0, 10), (0.73, 872)])
 def test_an_interval_holds_its_value_and_stays_in_bounds(value, rows):
-    low, high = records.interval("accuracy", value, rows)
+    low, high = intervals.interval("accuracy", value, rows)
     assert 0 <= low <= value <= high <= 1
-    assert records.interval("loss", value, rows) is None
+    assert intervals.interval("loss", value, rows) is None
 
 
 def test_a_curve_runs_from_the_start_to_the_end():

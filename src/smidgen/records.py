@@ -10,7 +10,6 @@ are in nats.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from smidgen import config_file as configuration
 from smidgen import folder as folders
 from smidgen.config import ConfigError, RunConfig
+from smidgen.intervals import interval
 
 FORMAT = 2
 FOLDER = "records"  # below the folder of a comparison
@@ -28,8 +28,6 @@ _COUNTS = ("steps", "bad_steps", "forwards", "backwards", "tokens", "peak_bytes"
 _KEPT = (*_COUNTS, "metric", "objective", "before", "dev", "data", "weights_sha256", "config_sha256", "versions")
 _NEEDED = {"format", "name", "model", "task", "scheme", "method", "role", "seed", "status"}
 _OF_DONE = {"metric", "before", "dev", "data", "steps", "forwards", "backwards", "seconds", "peak_bytes", "curve"}
-SHARES = ("accuracy", "macro_f1", "f1", "exact_match")  # measures that are means of values in [0, 1]
-_Z = 1.959964  # of a 95 % interval
 
 
 def of_run(config: RunConfig, result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Record:
@@ -81,20 +79,6 @@ def spent(record: Mapping[str, Any], point: Mapping[str, Any] | None = None) -> 
 def final(record: Mapping[str, Any]) -> str:
     """The split on which a record is judged: test where it was read, else dev."""
     return "test" if "test" in record else "dev"
-
-
-def interval(metric: str, value: float, rows: int | None) -> list[float] | None:
-    """95 % interval of a share over so many rows (Wilson's score interval; wider than needed for a mean F1); None for a loss,
-    whose spread one run does not tell.
-
-    >>> [round(x, 3) for x in interval("accuracy", 0.5, 100)]
-    [0.404, 0.596]
-    """
-    if metric not in SHARES or not rows:
-        return None
-    z = _Z * _Z / rows
-    middle, half = (value + z / 2) / (1 + z), _Z / (1 + z) * math.sqrt(value * (1 - value) / rows + z / (4 * rows))
-    return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
 # ---------------------------------------------------------------------------------------------------- reading

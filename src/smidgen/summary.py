@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from smidgen.records import SHARES, Record, final, spent
+from smidgen.intervals import SHARES
+from smidgen.records import Record, final, spent
 
 ERRORS = 2.0  # standard errors of the rows that a gain must exceed to be called one
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided, for 1 to 10 degrees of freedom
