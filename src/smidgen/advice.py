@@ -43,10 +43,12 @@ PREFERRED: tuple[Case, ...] = (
     Case("adamw", "lora"),
     Case("adamw", "lora", "checkpointing"),
     Case("sinkgd", "full", "checkpointing"),
+    Case("adamw", "lora", "checkpointing", quantise="nf4"),
     Case("lozo", "full"),
     Case("zo_adam", "full"),
     Case("zo_sgd", "full"),
     Case("zo_sgd", "lora"),
+    Case("lozo", "full", quantise="nf4"),
 )
 
 LENGTH = 512  # tokens of a row where nobody says; chosen
@@ -64,12 +66,21 @@ _WHY = {
 
 def configuration(name: str, *, trust_remote_code: bool = False) -> Any:
     """A model's configuration: of a spec such as 7B, of a folder or of a hub name. Raises ConfigError."""
-    spec = SPECS.get(re.sub(r"^llama-?2?-", "", name.lower()))
+    spec = SPECS.get(_spec(name))
     if spec is None:
         return models.load_config(name, trust_remote_code=trust_remote_code)
     from transformers import LlamaConfig
 
     return LlamaConfig(**spec, vocab_size=32000, architectures=["LlamaForCausalLM"])
+
+
+def _spec(name: str) -> str:
+    return re.sub(r"^llama-?2?-", "", name.lower())
+
+
+def is_spec(name: str) -> bool:
+    """Whether a model is named by its size alone."""
+    return _spec(name) in SPECS
 
 
 def memory_of(text: str) -> int:
@@ -118,6 +129,7 @@ class Advice:
             return f"nothing fits {size(self.memory)}: {self.change() or 'take a smaller model'}"
         tight = ", though tightly" if row.fit == "tight" else ""
         flag = f"--method {row.case.method} --scheme {row.case.scheme}"
+        flag += f" --quantise {row.case.quantise}" if row.case.quantise else ""
         flag += " train.gradient_checkpointing=true" if row.case.keep == "checkpointing" else ""
         return f"take {flag} ({size(row.plan.terms.total)}{tight}): {_WHY.get(row.case.method, 'it is what was asked for')}"
 
@@ -129,7 +141,7 @@ class Advice:
                 continue
             kept = (now.terms.weights + now.terms.optimizer) / self.planner.model.dtype.itemsize  # whatever the batch
             for said, changed, planner in changes(self.planner, wanted):
-                if kept * planner.model.dtype.itemsize > TIGHT * self.memory:
+                if changed.quantise is None and kept * planner.model.dtype.itemsize > TIGHT * self.memory:
                     continue
                 found = refused(planner, changed)
                 if isinstance(found, Plan) and found.terms.total <= TIGHT * self.memory:
@@ -152,6 +164,10 @@ def changes(planner: Planner, case: Case) -> Iterator[tuple[str, Case, Planner]]
         yield times, case, fewer
         if backward and case.keep == "all":
             yield f"activation checkpointing and {times}", recomputed, fewer
+    if case.quantise is None and case.scheme == "lora":
+        yield "weights in 4 bits (--quantise nf4)", replace(case, quantise="nf4"), planner
+        if backward:
+            yield "weights in 4 bits and activation checkpointing", replace(recomputed, quantise="nf4"), planner
     if model.dtype == torch.float32:
         yield "weights in bfloat16", case, Planner(replace(model, dtype=torch.bfloat16), b)
         yield (
@@ -244,7 +260,8 @@ def as_json(advice: Advice) -> dict[str, Any]:
     """The whole advice for --json."""
     rows: list[Mapping[str, Any]] = []
     for row in advice.rows:
-        entry: dict[str, Any] = {"method": row.case.method, "scheme": row.case.scheme, "keep": row.case.keep, "fits": row.fit}
+        entry: dict[str, Any] = {"method": row.case.method, "scheme": row.case.scheme, "keep": row.case.keep}
+        entry |= {"quantise": row.case.quantise, "fits": row.fit}
         if row.plan is None:
             entry["refused"] = row.reason
         else:
@@ -259,7 +276,9 @@ def as_json(advice: Advice) -> dict[str, Any]:
         "length": advice.planner.rows.length,
         "dtype": str(advice.planner.model.dtype).removeprefix("torch."),
         "rows": rows,
-        "recommended": None if chosen is None else {"method": chosen.case.method, "scheme": chosen.case.scheme},
+        "recommended": None
+        if chosen is None
+        else {key: getattr(chosen.case, key) for key in ("method", "scheme", "keep", "quantise")},
         "recommendation": advice.recommendation(),
     }
 

@@ -54,7 +54,8 @@ def model_card(config: RunConfig, result: dict[str, Any]) -> str:
 
 - Base: {base}{held}; {result["weights"]:,} weights, {result["tuned_weights"]:,} tuned
 - Data: {_data(config, result)}
-- Method: {config.method} with {_listed(config.method_args)}learning rate {train.learning_rate:g}, seed {config.seed}, {rows} rows a step
+- Method: {config.method} with {_listed(config.method_args)}learning rate {train.learning_rate:g}; seed {config.seed}
+- Rows a step: {rows}
 - Cost: {result["steps"]} steps, {result["forwards"]} forwards, {result["backwards"]} backwards, {result["seconds"]:.0f} s
 - Memory: peak {result["peak_bytes"] / 2**20:.0f} MiB over the loaded libraries
 - Weights sha256 `{result["weights_sha256"]}`

@@ -36,7 +36,8 @@ def plan(
     from smidgen.measure import measured
     from smidgen.planner import Planner
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size_alone = advice.is_spec(model)  # 7B stands for a model on a GPU, in the 16 bits in which such models are published
+    place = device or ("cuda" if torch.cuda.is_available() or size_alone else "cpu")
     config = advice.configuration(model, trust_remote_code=trust_remote_code)
     labels, classes = None, None
     if data is not None:

@@ -62,16 +62,19 @@ class Case:
     keep: Keep = "all"
     options: Mapping[str, Any] | None = None
     scheme_options: Mapping[str, Any] | None = None
+    quantise: str | None = None  # how the base is held, where not as the model says: nf4, int8
 
     @property
     def key(self) -> str:
         """A name for records."""
-        return f"{self.scheme}_{self.method}" + ("_checkpointed" if self.keep == "checkpointing" else "")
+        kept = "_checkpointed" if self.keep == "checkpointing" else ""
+        return f"{self.scheme}_{self.method}{kept}" + (f"_{self.quantise}" if self.quantise else "")
 
     @property
     def label(self) -> str:
         """As a table names it."""
-        return self.method + (" + checkpointing" if self.keep == "checkpointing" else "")
+        kept = " + checkpointing" if self.keep == "checkpointing" else ""
+        return self.method + kept + (f" + {self.quantise}" if self.quantise else "")
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ class Planner:
         self.model, self.rows = model, rows
         self._trace = functools.cache(self._simulate)
         self._view = functools.cache(self._tuned)
+        self._over = functools.cache(lambda quantise: Planner(replace(model, quantise=quantise), rows))
 
     def passes(self, case: Case) -> tuple[Passes, dict[str, int]]:
         """What a step of a case asks of the model, and the sizes of the tuned tensors. Raises ConfigError as `plan` does."""
@@ -193,6 +197,9 @@ class Planner:
 
     def plan(self, case: Case) -> Plan:
         """What a case needs. Raises ConfigError where the scheme or the method refuses the model."""
+        if case.quantise is not None and case.quantise != self.model.quantise:
+            found = self._over(case.quantise).plan(replace(case, quantise=None))
+            return replace(found, case=case)
         module = optim.get(case.method)
         options = dict(case.options or {})
         tuned, scratch, count = self._view(case.scheme, _frozen(case.scheme_options))

@@ -34,7 +34,11 @@ FEW = (4, 6)  # layers of the two models that a deep one is extrapolated from
 
 @contextlib.contextmanager
 def without_storage(model: nn.Module, device: str) -> Iterator[None]:
-    """Inside, tensors have shapes, dtypes and devices, and no memory; those of a model from `build` are on `device`."""
+    """Inside, tensors have shapes, dtypes and devices, and no memory; those of a model from `build` are on `device`.
+
+    Where torch has no CUDA, the kernels of a CPU stand for those of a CUDA device: autograd would abort the process.
+    """
+    device = device if torch.cuda.is_available() else "cpu"
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
