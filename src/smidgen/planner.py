@@ -15,9 +15,10 @@ Does not see: what libraries keep for themselves, fragmentation, the data loader
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -187,6 +188,8 @@ class Planner:
         self.model, self.rows = model, rows
         self._trace = functools.cache(self._simulate)
         self._view = functools.cache(self._tuned)
+        self._built = functools.cache(self._without_storage)
+        self._mode = simulate.mode()
         self._over = functools.cache(lambda quantise: Planner(replace(model, quantise=quantise), rows))
 
     def passes(self, case: Case) -> tuple[Passes, dict[str, int]]:
@@ -264,21 +267,40 @@ class Planner:
         batch = replace(self.rows, rows=self.rows.rows * many)
 
         def once(config: Any) -> Trace:
-            adapted = self._adapted(config, scheme, dict(options))
-            model = adapted.model
-            for name in below:
-                adapted.view[name].tensor.requires_grad_(False)
-            with simulate.without_storage(model, self.model.device):
-                if keep == "checkpointing":
-                    simulate.checkpoint(model)
-                return simulate.trace(model, self.model.kind, batch, backward=backward, quantise=self.model.quantise)
+            adapted = self._built(scheme, options, simulate.depth(config))
+            with self._mode, _frozen_below(adapted.view, below), simulate.keeping(adapted.model, keep):
+                return simulate.trace(adapted.model, self.model.kind, batch, backward=backward, quantise=self.model.quantise)
 
         return once(self.model.config) if below else simulate.of_depth(self.model.config, once)
+
+    def _without_storage(self, scheme: str, options: tuple[tuple[str, Any], ...], layers: int | None) -> Any:
+        """The adapted model with so many layers, its tensors without storage: one for all simulations that need it."""
+        config = (
+            self.model.config if layers == simulate.depth(self.model.config) else simulate.shallower(self.model.config, layers)
+        )
+        adapted = self._adapted(config, scheme, dict(options))
+        with self._mode:
+            simulate.strip(adapted.model, self.model.device)
+        return adapted
 
     def _tuned(self, scheme: str, options: tuple[tuple[str, Any], ...]) -> tuple[dict[str, Any], int, int]:
         """(shapes of the tuned tensors, scratch of a displaced forward, tuned weights)"""
         adapted = self._adapted(self.model.config, scheme, dict(options))
         return shapes(adapted.view), scratch_bytes(adapted.model, adapted.view), adapted.view.numel()
+
+
+@contextlib.contextmanager
+def _frozen_below(view: ParamView, names: Iterable[str]) -> Iterator[None]:
+    """Inside, these tensors have no gradient."""
+    found = [getattr(owner, attribute) for name in names for owner, attribute in view[name].sites]
+    held = [tensor for tensor in found if tensor.requires_grad]
+    for tensor in held:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in held:
+            tensor.requires_grad_(True)
 
 
 def scratch_bytes(model: nn.Module, view: ParamView) -> int:

@@ -32,28 +32,51 @@ from smidgen.readers import output_head
 FEW = (4, 6)  # layers of the two models that a deep one is extrapolated from
 
 
-@contextlib.contextmanager
-def without_storage(model: nn.Module, device: str) -> Iterator[None]:
-    """Inside, tensors have shapes, dtypes and devices, and no memory; those of a model from `build` are on `device`.
+def mode() -> Any:
+    """A context in which tensors have shapes, dtypes and devices, and no memory. One model belongs to one of them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def strip(model: nn.Module, device: str) -> None:
+    """Put tensors without storage on `device` into a model from `build`; inside a `mode`.
 
     Where torch has no CUDA, the kernels of a CPU stand for those of a CUDA device: autograd would abort the process.
     """
     device = device if torch.cuda.is_available() else "cpu"
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    made: dict[int, Tensor] = {}
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        made: dict[int, Tensor] = {}
+    def of(t: Tensor) -> Tensor:
+        if id(t) not in made:
+            there = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+            made[id(t)] = nn.Parameter(there, t.requires_grad) if isinstance(t, nn.Parameter) else there
+        return made[id(t)]
 
-        def of(t: Tensor) -> Tensor:
-            if id(t) not in made:
-                there = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-                made[id(t)] = nn.Parameter(there, t.requires_grad) if isinstance(t, nn.Parameter) else there
-            return made[id(t)]
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: of(t) for name, t in tensors.items() if t is not None})  # type: ignore[arg-type,misc]
 
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                tensors.update({name: of(t) for name, t in tensors.items() if t is not None})  # type: ignore[arg-type,misc]
+
+@contextlib.contextmanager
+def without_storage(model: nn.Module, device: str) -> Iterator[None]:
+    """Inside, tensors have no memory; those of a model from `build` are on `device`."""
+    with mode():
+        strip(model, device)
         yield
+
+
+@contextlib.contextmanager
+def keeping(model: nn.Module, keep: str) -> Iterator[None]:
+    """Inside, the backward pass keeps all activations, or with `checkpointing` the inputs of layers."""
+    if keep != "checkpointing":
+        yield
+        return
+    checkpoint(model)
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
 class Ledger(TorchDispatchMode):
