@@ -123,6 +123,41 @@ def test_every_method_has_a_plan_or_a_reason(method):
             assert plan.passes.forwards + plan.passes.backwards + plan.passes.slopes > 0
 
 
+def test_a_base_in_four_bits_is_smaller_and_its_products_need_a_layer():
+    planner = Planner(Model(*CONFIGS["llama"]), Rows(8, 64))
+    plain, packed = (planner.plan(Case("adamw", "lora", "checkpointing", quantise=q)) for q in (None, "nf4"))
+    linear = 9 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 160)
+    assert plain.terms.weights - packed.terms.weights == pytest.approx(linear * (4 - 0.516), rel=1e-3)
+    assert packed.case.key == "lora_adamw_checkpointed_nf4" and packed.tuned == plain.tuned
+    assert packed.terms.over_weights < 1.5 * plain.terms.over_weights
+
+
+def test_simulations_that_share_a_model_are_those_of_models_of_their_own():
+    cases = [Case("adamw", keep="checkpointing"), Case("adamw"), Case("hybrid"), Case("zo_sgd"), Case("adamw", "lora")]
+    shared = Planner(Model(*CONFIGS["llama"]), Rows(4, 32))
+    for case in [*cases, *reversed(cases)]:
+        assert shared.plan(case).terms == Planner(Model(*CONFIGS["llama"]), Rows(4, 32)).plan(case).terms
+
+
+def test_planning_for_cuda_needs_none():
+    assert Planner(Model(*CONFIGS["llama"], device="cuda"), Rows(2, 16)).plan(Case("adamw")).terms.total > 0
+
+
+def test_what_cannot_be_simulated_is_measured_and_said(monkeypatch, tmp_path, capsys):
+    CONFIGS["llama"][0].save_pretrained(tmp_path)
+
+    def fail(*_, **__):
+        raise LookupError("no output head")
+
+    monkeypatch.setattr(simulate, "trace", fail)
+    monkeypatch.setattr("smidgen.measure.measured", lambda planner, case, threads=None: 5 * MIB)
+    with pytest.raises(SystemExit) as end:
+        app(["plan", str(tmp_path), "--memory", "1GB", "--length", "32", "--method", "zo_sgd", "--json"])
+    found = capsys.readouterr()
+    assert end.value.code == 0 and "cannot be simulated (LookupError: no output head)" in found.err
+    assert set(json.loads(found.out)["measured"].values()) == {5 * MIB} and "5 MiB" in json.loads(found.out)["recommendation"]
+
+
 def test_an_encoder_and_decoder_is_simulated_whole():
     config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0)
     plan = Planner(Model(config, "seq2seq"), Rows(2, 16)).plan(Case("zo_sgd"))

@@ -103,6 +103,12 @@ class Row:
     plan: Plan | None
     reason: str | None  # why there is no plan
     fit: Fit
+    measured: int | None = None  # of a row without a plan
+
+    @property
+    def needed(self) -> int:
+        """Bytes, planned or else measured."""
+        return self.plan.terms.total if self.plan is not None else self.measured or 0
 
 
 @dataclass(frozen=True)
@@ -125,13 +131,13 @@ class Advice:
     def recommendation(self) -> str:
         """One sentence with its reason."""
         row = self.chosen
-        if row is None or row.plan is None:
+        if row is None:
             return f"nothing fits {size(self.memory)}: {self.change() or 'take a smaller model'}"
         tight = ", though tightly" if row.fit == "tight" else ""
         flag = f"--method {row.case.method} --scheme {row.case.scheme}"
         flag += f" --quantise {row.case.quantise}" if row.case.quantise else ""
         flag += " train.gradient_checkpointing=true" if row.case.keep == "checkpointing" else ""
-        return f"take {flag} ({size(row.plan.terms.total)}{tight}): {_WHY.get(row.case.method, 'it is what was asked for')}"
+        return f"take {flag} ({size(row.needed)}{tight}): {_WHY.get(row.case.method, 'it is what was asked for')}"
 
     def change(self, case: Case | None = None) -> str | None:
         """The cheapest change with which a case, or the preferred one of all, would fit."""
@@ -189,6 +195,18 @@ def advise(planner: Planner, memory: int, cases: Sequence[Case] = PREFERRED) -> 
     return Advice(planner, memory, tuple(rows))
 
 
+def with_measured(told: Advice, real: Mapping[str, int | str]) -> Advice:
+    """The advice in which rows without a plan are judged by what was measured of them."""
+    rows = []
+    for row in told.rows:
+        found = real.get(row.case.key)
+        if row.plan is None and isinstance(found, int):
+            rows.append(replace(row, measured=found, fit=fit_of(found, told.memory)))
+        else:
+            rows.append(row)
+    return replace(told, rows=tuple(rows))
+
+
 def cases(method: str | None, scheme: str | None) -> tuple[Case, ...]:
     """The cases of a table, or those of one method, of one scheme, or of both. Raises ConfigError for unknown names."""
     if scheme is not None:
@@ -238,6 +256,9 @@ def table(advice: Advice) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     lines = []
     for row in advice.rows:
         if row.plan is None:
+            if row.measured is not None:
+                lines.append((row.case.label, row.case.scheme, *["-"] * 6, _short(row.measured), "-", row.fit))
+                continue
             lines.append((row.case.label, row.case.scheme, *["-"] * 8, f"refused: {row.reason}"))
             continue
         lines.append((row.case.label, row.case.scheme, *map(_short, row.plan.terms.values()), _passes(row.plan), row.fit))

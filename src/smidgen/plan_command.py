@@ -34,7 +34,7 @@ def plan(
 
     from smidgen import advice, models
     from smidgen.measure import measured
-    from smidgen.planner import Planner
+    from smidgen.planner import UNKNOWN, Planner
 
     size_alone = advice.is_spec(model)  # 7B stands for a model on a GPU, in the 16 bits in which such models are published
     place = device or ("cuda" if torch.cuda.is_available() or size_alone else "cpu")
@@ -52,11 +52,16 @@ def plan(
         advice.model_of(config, dtype, place, classes), advice.rows_of(batch, length or advice.default_length(config), labels)
     )
     told = advice.advise(planner, room, advice.cases(method, scheme))
+    unknown = [row for row in told.rows if (row.reason or "").startswith(UNKNOWN)]
+    if unknown and not measure:
+        print(f"{unknown[0].reason}: two steps are made and measured instead, as with --measure", file=sys.stderr)
     real: dict[str, int | str] = {}
-    if measure:
-        real = {row.case.key: measured(planner, row.case) for row in told.rows if row.plan is not None}
+    for row in told.rows if measure else unknown:
+        if row.plan is not None or row in unknown:
+            real[row.case.key] = measured(planner, row.case)
+    told = advice.with_measured(told, real)
     if as_json:
-        print(json.dumps({**advice.as_json(told), **({"measured": real} if measure else {})}, indent=2))
+        print(json.dumps({**advice.as_json(told), **({"measured": real} if real else {})}, indent=2))
     else:
         _show(model, told, given, real)
     raise typer.Exit(0 if told.chosen is not None else 3)

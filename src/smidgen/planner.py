@@ -328,9 +328,14 @@ def _frozen(options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted((options or {}).items()))
 
 
+UNKNOWN = "cannot be simulated"  # begins the reason of a case that only measuring tells about
+
+
 def refused(planner: Planner, case: Case) -> Plan | str:
     """The plan of a case, or why there is none."""
     try:
         return planner.plan(case)
     except ConfigError as error:
         return str(error)
+    except Exception as error:  # an architecture may do anything in its forward
+        return f"{UNKNOWN} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
