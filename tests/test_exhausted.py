@@ -7,7 +7,7 @@ import torch
 
 from smidgen import data, exhausted, models, run
 from smidgen.config import MemoryRefused, RunConfig
-from smidgen.objective import ModelObjective
+from smidgen.optim.zo_sgd import ZOSGD
 
 MIB = 1 << 20
 
@@ -52,15 +52,15 @@ def test_a_model_without_a_plan_is_let_through_with_a_line(tmp_path, monkeypatch
 
 def test_a_run_that_dies_of_memory_says_where_and_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     whole = run.finetune(config(tmp_path / "whole"), say=lambda line: None)
-    losses, calls = ModelObjective.losses, []
+    step, calls = ZOSGD._step, []
 
-    def fail(self, *args, **kwargs):
+    def fail(self, objective):
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("tried to allocate 9 GiB")
-        return losses(self, *args, **kwargs)
+        return step(self, objective)
 
-    monkeypatch.setattr(ModelObjective, "losses", fail)
+    monkeypatch.setattr(ZOSGD, "_step", fail)
     asked = config(tmp_path / "cut")
     with pytest.raises(MemoryRefused, match=r"out of memory in .*, with 4 rows of up to 24 tokens.*--batch 2.*--resume") as end:
         run.finetune(asked, say=lambda line: None)
