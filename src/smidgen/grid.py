@@ -141,10 +141,9 @@ class Grid:
         methods = found["methods"]
         if not any(_is_checkpointed(label, entry) for label, entry in methods.items()):
             added = {"method": "adamw", "train": {"gradient_checkpointing": True}}
-            twin = (
-                {**methods["adamw"], "rates_of": "adamw"} if methods.get("adamw", {}).get("method", "adamw") == "adamw" else {}
-            )
-            methods[CHECKPOINTED] = {**(twin if "adamw" in methods else {}), **added}
+            own = methods.get("adamw")
+            twin = {**own, "rates_of": "adamw"} if own is not None and own.get("method", "adamw") == "adamw" else {}
+            methods[CHECKPOINTED] = {**twin, **added}
         grid = cls(found)
         grid._check()
         return grid
