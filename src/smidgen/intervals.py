@@ -19,4 +19,4 @@ def interval(metric: str, value: float, rows: int | None) -> list[float] | None:
         return None
     z = _Z * _Z / rows
     middle, half = (value + z / 2) / (1 + z), _Z / (1 + z) * math.sqrt(value * (1 - value) / rows + z / (4 * rows))
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    return [max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half))]
