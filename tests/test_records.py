@@ -85,6 +85,12 @@ def test_unequal_rows_are_not_ranked():
             records.refuse_unequal([first, changed])
 
 
+def test_trials_and_the_model_as_it_is_are_not_ranked():
+    trial = {k: v for k, v in record(name="trial", role="trial").items() if k != "test"}
+    trial["data"] = {"train": record()["data"]["train"]}
+    records.refuse_unequal([record(), trial, record(seed=1), {**record(seed=2), "role": "untrained", "data": {}}])
+
+
 def test_draws_of_different_seeds_are_compared_only_where_a_seed_is_shared():
     with pytest.raises(ConfigError, match="different train rows"):
         records.refuse_unequal([record(seed=0), record("zo_sgd", seed=1)])

@@ -194,14 +194,14 @@ def label(config: RunConfig) -> str:
 
 
 def refuse_unequal(records: Sequence[Record]) -> None:
-    """Raise ConfigError unless all finished records of a task were made and judged on the same rows.
+    """Raise ConfigError unless all finished runs of a task that are ranked were made and judged on the same rows.
 
     Rows may follow the seed (a benchmark's draw), so they have to be equal among runs of one seed; the split that judges has
     the same size in all. Runs of different seeds with different rows are compared as draws only where they share a seed.
     """
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if record["status"] == "done":
+        if record["status"] == "done" and record["role"] == "seed":
             groups.setdefault((record["task"], record["metric"]), []).append(record)
     for members in groups.values():
         for split in ("train", final(members[0])):
