@@ -256,5 +256,5 @@ def rows(table: Table) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             time(line.median("seconds")),
             rate,
         )
-        found.append((*cells, f"{100 * first['tuned_weights'] / first['weights']:.2g} %" if first.get("weights") else "-"))
+        found.append((*cells, f"{100 * first['tuned_weights'] / first['weights']:.3g} %" if first.get("weights") else "-"))
     return heads, found
