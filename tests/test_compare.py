@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,26 +82,22 @@ def test_the_report_follows(finished, capsys):
     assert {Path(p).name for p in found["pages"]} == {"report.html", "report.md", "report.csv"}
 
 
-def hold(folder: str, name: str, held, done) -> None:
-    with compare._lock_file(Path(folder), name).open("w") as file:
-        assert compare._lock(file, wait=False)
-        held.set()
-        done.wait(60)
+HOLD = (
+    "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+)
 
 
 def test_a_run_that_another_start_holds_is_left_to_it(tmp_path):
     made = comparison(tmp_path, search=None)
     run = next(made.stated())
-    context = multiprocessing.get_context("spawn")
-    held, done = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(str(tmp_path), run.name, held, done))
-    other.start()
-    assert held.wait(60)
-    assert made._claimed(run)
-    compare.perform(run, tmp_path, 1, None)  # does nothing
-    assert not (tmp_path / "records").exists()
-    done.set()
-    other.join(60)
+    path = str(compare._lock_file(tmp_path, run.name))
+    other = subprocess.Popen([sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with other:
+        assert other.stdout.readline() == b"held\n"
+        assert made._claimed(run)
+        compare.perform(run, tmp_path, 1, None)  # does nothing
+        assert not (tmp_path / "records").exists()
+        other.stdin.close()
     assert not made._claimed(run)
 
 
