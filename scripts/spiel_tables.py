@@ -137,7 +137,7 @@ def crossing(record: dict[str, Any]) -> str:
     return (
         "\n## Some entries of a gradient\n\nTime over that of the dense product and a gather, by density in per mille; "
         f"float32, {record['setting']['threads']} threads.\n\n{table(('layer', 'tokens', 'way', *map(str, densities)), rows)}\n"
-        f"Sampling is the quickest way everywhere up to {figures['crossover_per_mille']:g} per mille; what the code takes "
+        f"Sampling is the quickest way in the median up to {figures['crossover_per_mille']:g} per mille; what the code takes "
         f"costs at most {figures['products_over_best']:.2f} of the best way.\n"
     )
 
