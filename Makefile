@@ -22,6 +22,7 @@ export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+GPU_ONLY := benchmarks/eight_gb.py
 
 # $(call record,FOLDER,ARGUMENTS): run the scripts in $$scripts one after another; the last line of each is its record.
 define record
@@ -46,7 +47,7 @@ help:
 	echo "make demo    offline tour of the embedded model"
 	echo "make test    default tests; make test ARGS='-k noise -x' passes options on"
 	echo "make check   lint, format, types, generated docs"
-	echo "make bench   every benchmark, one record each in results/bench"
+	echo "make bench   every benchmark that runs on a CPU, one record each in results/bench"
 	echo "make gpu     tests and benchmarks that need a GPU, records in $(OUT)"
 	echo "make docs    write the generated pages of docs/ again"
 	echo "make clean   remove caches and built files"
@@ -74,10 +75,11 @@ check: $(READY)
 	$(PY) scripts/zo_tables.py --check
 	$(PY) scripts/dfo_tables.py --check
 	$(PY) scripts/spiel_tables.py --check
+	$(PY) scripts/speed_tables.py --check
 
 # A goal missed is a figure in the record, never an error; a script that breaks is one, after all others have run.
 bench: $(READY)
-	@scripts="$(BENCHMARKS)"
+	@scripts="$(filter-out $(GPU_ONLY),$(BENCHMARKS))"
 	$(call record,results/bench,)
 	if [ -n "$$failed" ]; then echo "no record from:$$failed" >&2; exit 1; fi
 
@@ -100,6 +102,7 @@ docs: $(READY)
 	$(PY) scripts/zo_tables.py
 	$(PY) scripts/dfo_tables.py
 	$(PY) scripts/spiel_tables.py
+	$(PY) scripts/speed_tables.py
 
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -152,13 +152,21 @@ def test_a_run_replays_evaluates_and_exports(tmp_path, one_thread, reload_here, 
 
 
 @pytest.mark.trainer
-@pytest.mark.parametrize("scheme", ["prompt", "head", *(pytest.param(s, marks=pytest.mark.slow) for s in ("prefix", "bitfit"))])
-def test_back_propagation_resumes_from_its_checkpoint(tmp_path, one_thread, scheme, monkeypatch):
-    from smidgen.optim import adamw
-
-    options = {"method": "adamw", "method_args.eps": None, "train.save_steps": 2, "train.max_steps": 5}
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [
+        ("prompt", "adamw"),
+        ("head", "adamw"),
+        ("full", "node"),  # crediting weights
+        *(pytest.param(s, "adamw", marks=pytest.mark.slow) for s in ("prefix", "bitfit")),
+    ],
+)
+def test_a_run_without_journal_resumes_from_its_checkpoint(tmp_path, one_thread, scheme, method, monkeypatch):
+    optimizer = optim.get(method).build
+    options = {"method": method, "train.save_steps": 2, "train.max_steps": 5}
+    options |= {"method_args.eps": None} if method == "adamw" else {"method_args.credit": "weights"}
     straight = tune(tmp_path, "opt", scheme, "straight", **options)
-    real, made = adamw.AdamW._step, []
+    real, made = optimizer._step, []
 
     def dies(self, objective):
         made.append(1)
@@ -166,14 +174,16 @@ def test_back_propagation_resumes_from_its_checkpoint(tmp_path, one_thread, sche
             raise KeyboardInterrupt
         return real(self, objective)
 
-    monkeypatch.setattr(adamw.AdamW, "_step", dies)
+    monkeypatch.setattr(optimizer, "_step", dies)
     with pytest.raises(KeyboardInterrupt):
         tune(tmp_path, "opt", scheme, "run", **options)
     monkeypatch.undo()
     steps = []
-    monkeypatch.setattr(adamw.AdamW, "_step", lambda self, objective: (steps.append(1), real(self, objective))[1])
+    monkeypatch.setattr(optimizer, "_step", lambda self, objective: (steps.append(1), real(self, objective))[1])
     resumed = smidgen.finetune(load(None, [], {"output": str(tmp_path / "run"), "resume": True}), say=lambda line: None)
     assert len(steps) == 3 and resumed["weights_sha256"] == straight["weights_sha256"]
+    with pytest.raises(ConfigError, match="has no journal"):
+        smidgen.replay(str(tmp_path / "model"), tmp_path / "run", tmp_path / "rebuilt")
 
 
 @pytest.mark.trainer

@@ -17,12 +17,23 @@ def resolve(**keys):
 
 @pytest.mark.parametrize("scheme", auto.CHOICES)
 def test_every_choice_is_a_setting_of_a_method_without_gradients(scheme):
-    config, lines = resolve(method="auto", scheme=scheme)
+    given = {"scheme": "full", "quantise": "nf4"} if scheme == auto.VALUES else {"scheme": scheme}
+    config, lines = resolve(method="auto", **given)
     method, lr, options = auto.CHOICES[scheme]
     made = method_config(config.method, None, {**config.method_args, "lr": config.train.learning_rate})
     assert (config.method, made.lr) == (method, lr) and {k: getattr(made, k) for k in options} == dict(options)
     assert optim.get(method).build.uses == {"losses"} and len(lines) == 2 + len(options)
     assert all("method auto" in line for line in lines)
+
+
+def test_where_only_values_can_be_had_the_choice_is_one_that_only_compares_them():
+    values = auto.CHOICES[auto.VALUES][0]
+    for given in ({"quantise": "int8"}, {"reward": "module:function"}, {"objective": "f1"}):
+        assert resolve(method="auto", scheme="full", **given)[0].method == values
+    assert resolve(method="auto", scheme="full")[0].method != values
+    assert resolve(method="auto", scheme="lora", reward="module:function")[0].method == auto.CHOICES["lora"][0]
+    with pytest.raises(ConfigError, match="no choice for scheme values"):
+        resolve(method="auto", scheme="values")
 
 
 def test_what_the_user_says_stays():

@@ -54,7 +54,10 @@ def test_equals_one_probe_at_a_time(family, same, caplog):
 
 
 @pytest.mark.parametrize("family", ["opt-tied", "llama-untied", "gpt2", "roberta-classification"])
-def test_several_micro_batches_each_row_and_chunks(family):
+def test_several_micro_batches_each_row_and_chunks(family, monkeypatch):
+    monkeypatch.setattr(
+        "smidgen.population.PIECE", 6 * 9 * (24 + 24) * 4
+    )  # of a square layer two probes a piece, of wide ones one
     slow, fast, view, kind = engines(family)
     rows = [batch(kind, seed=s, labels="some" if s else "all") for s in (0, 1)]
     probes = probes_of(view, 4)
@@ -142,7 +145,8 @@ def test_an_offset_on_the_same_subspace_and_one_on_another():
 
 def test_a_displaced_layer_that_is_forgotten_is_noticed(monkeypatch, caplog):
     _, fast, view, kind = engines("opt-tied")
-    monkeypatch.setattr("smidgen.batched.after_linear", lambda people, tensors, module, args, out: out)
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr("smidgen.batched.piecewise", lambda module, people, tensors, x: plain(x, module.weight, module.bias))
     with caplog.at_level(logging.WARNING, "smidgen"):
         fast.together(batch(kind, seed=10, labels="all"), probes_of(view, 1, scale=1e-4))
     assert "losses differ" in caplog.text

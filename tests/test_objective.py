@@ -7,9 +7,10 @@ import torch
 from torch.autograd import forward_ad
 
 from families import FAMILIES, VOCAB, batch, make
+from smidgen.called import CalledObjective
 from smidgen.config import ConfigError
 from smidgen.directions import Dense
-from smidgen.objective import CalledObjective, ClosureObjective, ModelObjective, Recorded, Replayed, as_objective
+from smidgen.objective import ClosureObjective, ModelObjective, Recorded, Replayed, as_objective
 from smidgen.params import ParamView
 from smidgen.probing import Engine
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,9 @@ from smidgen.user_code import function
 from test_models import llama
 from test_rewards import FREE, OPTIONS, asked
 from test_scoring import small_tokenizer
+from texts import SHARED
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 CODE = """
 calls = []
@@ -223,3 +228,18 @@ def test_a_reward_that_never_works_ends_the_run_before_its_first_step(here):
     values = {"model": str(llama(here / "model")), "data": "rows.jsonl", "output": "run", "max_new_tokens": 3, "max_length": 9}
     with pytest.raises(ConfigError, match=r"raised ZeroDivisionError: division by zero.*fails on every other answer"):
         smidgen.finetune(load(None, [], {**values, "reward": "user_rewards:broken"}), say=lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_real_model_learns_to_end_its_answers_as_asked(tmp_path, monkeypatch):
+    """docs/rewards.md's example, shorter: TinyStories-3M states instead of asking."""
+    model = SHARED / "models" / "tinystories-instruct-3m-chat"
+    if not model.is_dir():
+        pytest.skip(f"{model} is not here")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    subprocess.run([sys.executable, EXAMPLES / "full_stop.py", str(tmp_path / "prompts.jsonl")], check=True)
+    values = {"model": str(model), "data": str(tmp_path / "prompts.jsonl"), "output": str(tmp_path / "run"), "threads": 1}
+    values |= {"reward": "full_stop:states", "method": "es", "scheme": "lora", "train.learning_rate": 1e-2}
+    values |= {"train.max_steps": 20, "train.eval_steps": 20, "max_new_tokens": 24}
+    found = smidgen.finetune(load(None, [], values), say=lambda line: None)
+    assert found["dev"]["reward"] > found["before"]["reward"] + 0.2

@@ -36,8 +36,10 @@ from smidgen.population import (
     after_linear,
     around_embedding,
     around_vectors,
+    in_pieces,
     layer_norm,
     linear_like,
+    piecewise,
 )
 from smidgen.probing import Batch, Engine, _few
 from smidgen.reuse import Held
@@ -217,6 +219,9 @@ class BatchedEngine(Engine):
                     continue
                 if module is self.head and of is not None:  # it is given the hidden states of labels, not of rows
                     undo.callback(module.register_forward_hook(functools.partial(self._own_head, people, of)).remove)
+                elif in_pieces(module, people, tensors):
+                    undo.callback(_put, module, module.__dict__.get("forward"))
+                    module.forward = functools.partial(piecewise, module, people, tensors)  # type: ignore[method-assign,arg-type]
                 elif linear_like(module):
                     undo.callback(module.register_forward_hook(functools.partial(after_linear, people, tensors)).remove)
                 elif isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
@@ -274,6 +279,14 @@ class BatchedEngine(Engine):
             self.forwards, self.tokens = counts
             if self._reason is not None:
                 log.warning("probes are evaluated one at a time: %s", self._reason)
+
+
+def _put(module: nn.Module, forward: Any) -> None:
+    """Give a module its own forward back, or that of its class."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward  # type: ignore[method-assign]
 
 
 def _tolerance(model: nn.Module) -> float:

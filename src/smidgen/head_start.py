@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -109,10 +110,12 @@ def begin(config: RunConfig, trainer: Any, loaded: Any, prepared: Any, corpus: C
     if not wanted(config):
         return {}
     adapted, words = loaded.adapted, list(corpus.words or ())
-    size = config.train.per_device_eval_batch_size
-    written, facts = start(
-        trainer.engine, adapted, prepared.rows, prepared.collator, loaded.drawn, words, config.seed % 2**63, size
-    )
+    size, engine = config.train.per_device_eval_batch_size, trainer.engine
+    before = engine.forwards
+    written, facts = start(engine, adapted, prepared.rows, prepared.collator, loaded.drawn, words, config.seed % 2**63, size)
+    # In the batches of a step, as all forwards of a run are counted, whatever the size of those that were read.
+    facts["forwards"] = math.ceil(facts["rows"] / config.train.per_device_train_batch_size)
+    engine.forwards = before + facts["forwards"]
     adapted.fresh.extend(name for name in written if name not in adapted.fresh)  # the trainer holds this list
     after = trainer.measure(dev)
     shown = ("reads", "penalty", "held_out_loss", "held_out_accuracy")
@@ -137,7 +140,6 @@ def start(
     a batch. Cost: a forward of at most `rows` rows, counted by the engine. Raises ConfigError for label words of several
     tokens and for a head that the scheme does not tune, DataError for fewer than 8 rows.
     """
-    forwards = engine.forwards
     if engine.kind != "classification" and (not isinstance(rows, Encoded) or rows.choices is None):
         raise ConfigError(
             f"head_start readout sets one row of the output head for each label word, and these are not one token each here: "
@@ -167,7 +169,7 @@ def start(
     written = [_write(engine, weight, chosen, found.weight if new else W + found.weight, seed)]
     if bias is not None and found.bias is not None:
         written.append(_write(engine, bias, chosen, found.bias if new else b + found.bias, seed))
-    facts: dict[str, Any] = {"rows": len(order), "held_out": int(held.sum()), "forwards": engine.forwards - forwards}
+    facts: dict[str, Any] = {"rows": len(order), "held_out": int(held.sum())}
     facts |= {"reads": found.block, "penalty": found.penalty, "held_out_loss": found.loss, "held_out_accuracy": found.accuracy}
     return written, facts
 

@@ -35,13 +35,13 @@ def input_squares(
         engine.prepare(batch)  # the self-check's own evaluations would be counted
     sums: dict[str, Tensor] = {}
     masks: list[Tensor | None] = [None]  # of the batch at work
-    inside = _masked_modules(engine)
+    inside = masked_modules(engine)
     handles = []
     try:
         for name in names:
             entry = engine.view[name]
             axis = 1 if isinstance(entry.sites[0][0], nn.Linear) else 0
-            if not _linear(entry, engine.head) or (onto is not None and not axis):
+            if not is_linear(entry, engine.head) or (onto is not None and not axis):
                 continue
             through = None if onto is None else onto[name]
             shape = entry.tensor.shape[axis : axis + 1] if through is None else through.shape
@@ -71,14 +71,15 @@ def _count(total: Tensor, onto: Tensor | None, masks: list[Tensor | None], _: nn
     total += x.square().sum(0, dtype=torch.float64) if onto is None else x.T @ (x @ onto)
 
 
-def _linear(entry: Entry, head: nn.Module | None) -> bool:
+def is_linear(entry: Entry, head: nn.Module | None) -> bool:
+    """Whether a tensor is the weight of linear layers, all of a kind and none of them the output head."""
     owners = [module for module, attribute in entry.sites if attribute == "weight"]
     if len(owners) < len(entry.sites) or any(module is head for module in owners) or entry.tensor.ndim != 2:
         return False
     return all(isinstance(m, nn.Linear) for m in owners) or all(isinstance(m, Conv1D) for m in owners)
 
 
-def _masked_modules(engine: Engine) -> set[int] | None:
+def masked_modules(engine: Engine) -> set[int] | None:
     """Ids of the modules that a batch's attention mask speaks of; None: all."""
     if engine.kind != "seq2seq":
         return None

@@ -12,7 +12,6 @@ Data-parallel ranks: `smidgen.ranks`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -28,6 +27,7 @@ from smidgen.loss import Losses, targets
 from smidgen.outputs import output_squares, sizes
 from smidgen.params import ParamView
 from smidgen.per_example import Span, examples_of
+from smidgen.perturbed import Draw, perturbed
 from smidgen.probing import Batch, Engine
 from smidgen.reuse import Held
 
@@ -57,6 +57,10 @@ class Objective(Protocol):
     def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
         """For each of the names the root mean square at theta of the output of its module, 0 where there is none; see
         `smidgen.outputs`."""
+
+    def perturbed(self, names: Sequence[str], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses with noise on the outputs of linear layers, float64 [2, N] per example, and for each of the names that is
+        a linear weight what entered it, float32 [N, D]; see `smidgen.perturbed`. No transcript holds this answer."""
 
 
 Sums = tuple[Tensor, Tensor]  # float64 loss sums and weights, [P] or [P, N]
@@ -121,6 +125,21 @@ class ModelObjective:
     def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
         return sizes(self.output_squares(names), names)
 
+    def perturbed_sums(self, names: Sequence[str], draw: Draw, span: Span | None = None) -> tuple[Sums, dict[str, Tensor]]:
+        """Loss sums and weights of both signs, and the inputs, for the examples of this rank."""
+        span, pairs, inputs = span or Span(0, self.examples()), [], []
+        for batch in self.batches:
+            found, entered = perturbed(self.engine, batch, names, draw, span)
+            pairs.append(torch.stack([torch.stack(_sums(losses, each=True)) for losses in found]))
+            inputs.append(entered)
+            span = Span(span.first + examples_of(batch), span.total)
+        total, weight = torch.cat(pairs, 2).unbind(1)
+        return (total, weight), {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+
+    def perturbed(self, names: Sequence[str], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        (total, weight), inputs = self.perturbed_sums(names, draw)
+        return total / weight, inputs
+
     def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         view, model = self.engine.view, self.engine.model
         chosen = None if names is None else set(names)
@@ -136,7 +155,7 @@ class ModelObjective:
         mode = model.training
         model.train(dropout)
         try:
-            weight = sum(_labels(batch, self.engine) for batch in self.batches)
+            weight = sum(labels_of(batch, self.engine) for batch in self.batches)
             total = 0.0
             for batch in self.batches:
                 loss = self.engine.differentiable(batch).nll.sum()
@@ -160,7 +179,7 @@ def _sums(found: Losses, each: bool) -> Sums:
     return zero.index_add(0, rows.cpu(), nll), zero.index_add(0, rows.cpu(), torch.ones_like(nll))
 
 
-def _labels(batch: Batch, engine: Engine) -> int:
+def labels_of(batch: Batch, engine: Engine) -> int:
     """Number of losses in a batch: label tokens, rows where a row has one label, or examples."""
     if "groups" in batch:  # all options of each example: one loss an example
         return batch["golds"].shape[0]
@@ -169,53 +188,6 @@ def _labels(batch: Batch, engine: Engine) -> int:
     labels = batch["labels"]
     rows = engine.kind == "classification" or labels.ndim == 1
     return labels.shape[0] if rows else targets(labels, engine.kind).tokens.numel()
-
-
-class CalledObjective:
-    """A trainer's own loss function over micro-batches, each called unchanged; promises no memory beyond its own.
-
-    `loss(batch)` returns a scalar. `scaled` says that it has divided by the weight of all micro-batches already (as
-    transformers does when it knows the number of items); otherwise the mean of each micro-batch is weighted by its
-    label tokens (or rows).
-    """
-
-    def __init__(
-        self, engine: Engine, batches: Sequence[Batch], loss: Callable[[Batch], Tensor], *, scaled: bool, key: Hashable = None
-    ):
-        self.engine, self.batches, self.loss, self.scaled, self.key = engine, batches, loss, scaled, key
-
-    def sums(self, probes: Sequence[Probe], *, each: bool = False) -> Sums:
-        """Loss sums and weights before division."""
-        if each:
-            raise ValueError("a trainer's own loss has no per-example values; use smidgen's loss for this method")
-        totals = torch.zeros(len(probes), dtype=torch.float64)
-        weights = torch.zeros(len(probes), dtype=torch.float64)
-        for p, probe in enumerate(probes):
-            for batch in self.batches:
-                value = self.engine.call(functools.partial(self.loss, batch), probe).double().cpu().item()
-                weight = float(_labels(batch, self.engine)) if not self.scaled else 1.0 / len(self.batches)
-                totals[p] += value * weight if not self.scaled else value
-                weights[p] += weight
-        return totals, weights
-
-    def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
-        total, weight = self.sums(probes, each=each)
-        return total / weight
-
-    def slope(self, direction: Direction) -> tuple[float, float]:
-        raise ValueError("a trainer's own loss has no slope by forward mode; use smidgen's loss for this method")
-
-    def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
-        raise ValueError("use the trainer itself for methods with back-propagation")
-
-    def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        raise ValueError("a trainer's own loss does not say what reaches the layers; use smidgen's loss for this method")
-
-    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
-        return stds(hidden_squares(self.engine, self.batches, names), names)
-
-    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
-        return sizes(output_squares(self.engine, self.batches, names), names)
 
 
 class ClosureObjective:
@@ -271,6 +243,9 @@ class ClosureObjective:
     def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
         return dict.fromkeys(names, 0.0)
 
+    def perturbed(self, names: Sequence[str], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        raise ConfigError("credit = weights looks at layers, and a closure has none: take vectors, or step with an Objective")
+
 
 class Recorded:
     """Passes every question on and keeps the floats of the answers, in order: one step's part of the transcript."""
@@ -310,6 +285,9 @@ class Recorded:
         found = self.inner.output_sizes(names)
         self.values.extend(found[name] for name in names)
         return found
+
+    def perturbed(self, names: Sequence[str], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        raise ValueError("inputs of layers are too many numbers for a record: make this step without one")
 
 
 class Replayed:
@@ -366,6 +344,9 @@ class Replayed:
     def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
         self.forwards += 1
         return dict(zip(names, self._take(len(names)), strict=True))
+
+    def perturbed(self, names: Sequence[str], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        raise ValueError("inputs of layers are in no record; resume the run from a checkpoint")
 
     def done(self) -> bool:
         """Whether every recorded number was used."""

@@ -33,6 +33,7 @@ from smidgen.kinds import Kind
 from smidgen.loss import BLOCK_ELEMENTS
 from smidgen.optim._optimizer import Outcome
 from smidgen.params import Entry, ParamView, shapes, tensor_id
+from smidgen.perturbed import Draw
 from smidgen.readers import aligned
 from smidgen.simulate import Rows, Trace
 
@@ -155,6 +156,12 @@ class Counter:
     def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
         self.passes = replace(self.passes, forwards=self.passes.forwards + 1)
         return dict.fromkeys(names, 1.0)
+
+    def perturbed(self, names: Sequence[str], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        self.passes = replace(self.passes, forwards=self.passes.forwards + 2)
+        matrices = {name: self.view[name].tensor for name in names if self.view[name].tensor.ndim == 2}
+        losses = torch.tensor([[1.0, 1.1], [1.01, 1.09]], dtype=torch.float64)
+        return losses, {name: torch.ones(2, tensor.shape[1]) for name, tensor in matrices.items()}
 
     def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         self.passes = replace(self.passes, forwards=self.passes.forwards + 1)

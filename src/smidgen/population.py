@@ -25,6 +25,8 @@ from smidgen.loss import BLOCK_ELEMENTS
 from smidgen.lowrank import Factored
 from smidgen.params import Entry
 
+PIECE = 8 << 20  # bytes of inputs and outputs of a piece of a linear layer; measured with 1 MB and 32 MB of caches
+
 
 class Population:
     """The factors and vectors of P probes for one evaluation, made when a module asks for them."""
@@ -108,8 +110,9 @@ class Population:
         return (entry.storage + self.deltas(entry)).to(entry.tensor.dtype)
 
 
-def thin(X: Tensor, A: Tensor, B: Tensor, onto: Tensor, bias: Tensor | None = None) -> Tensor:
-    """onto + (X B) A^T + bias for each probe, in place. X [P * n, D], onto [P * n, O], contiguous; A [P, O, r], bias [P, O].
+def thin(X: Tensor, A: Tensor, B: Tensor, onto: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """onto + (X B) A^T + bias for each probe, in place or into `out`. X [P * n, D], onto [P * n, O], contiguous;
+    A [P, O, r], bias [P, O].
 
     The bias goes as one more column, so that onto is passed over once.
     """
@@ -121,7 +124,8 @@ def thin(X: Tensor, A: Tensor, B: Tensor, onto: Tensor, bias: Tensor | None = No
     if bias is not None:
         inner = torch.cat([inner, inner.new_ones(1, 1, 1).expand(*inner.shape[:2], 1)], 2)
         A = torch.cat([A, bias[:, :, None]], 2)
-    return torch.baddbmm(flat, inner, A.to(X.dtype).transpose(1, 2), out=flat).view(onto.shape)
+    into = flat if out is None else out.view(flat.shape)
+    return torch.baddbmm(flat, inner, A.to(X.dtype).transpose(1, 2), out=into).view(onto.shape)
 
 
 class _LookedUp(Tensor):
@@ -194,6 +198,32 @@ def after_linear(
     return out
 
 
+def in_pieces(module: nn.Module, people: Population, tensors: dict[str, Entry]) -> bool:
+    """Whether `piecewise` stands for a layer's forward: a plain layer with factors on a CPU, whose caches pieces stay in."""
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.device.type != "cpu":
+        return False
+    return "weight" in tensors and people.has_factors(tensors["weight"].name)
+
+
+def piecewise(module: nn.Linear, people: Population, tensors: dict[str, Entry], x: Tensor) -> Tensor:
+    """The forward of a linear layer whose weight has factors: a few probes at a time, so that what the thin products read
+    has just been written. Over whole outputs they are a pass over memory each (docs/decisions.md)."""
+    probes, flat = len(people), x.reshape(-1, x.shape[-1])
+    if len(flat) % probes:
+        raise NotBatchedError(f"a linear layer gets {len(flat)} rows for {probes} probes")
+    A, B = people.factors(tensors["weight"])
+    bias = people.deltas(tensors["bias"]) if "bias" in tensors else None
+    out = x.new_empty(len(flat), module.out_features)
+    each, row = len(flat) // probes, (module.in_features + module.out_features) * x.element_size()
+    pieces = min(probes, -(-len(flat) * row // PIECE))
+    step = -(-probes // pieces)
+    for first in range(0, probes, step):
+        mine, rows = slice(first, first + step), slice(first * each, (first + step) * each)
+        y = linear(flat[rows], module.weight, module.bias)
+        thin(flat[rows], A[mine], B[mine] if B.ndim == 3 else B, y, None if bias is None else bias[mine], out[rows])
+    return out.view(*x.shape[:-1], module.out_features)
+
+
 def around_embedding(
     module: nn.Embedding, people: Population, entry: Entry, rows: int
 ) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -213,7 +243,15 @@ def around_embedding(
 
 
 def layer_norm(module: nn.LayerNorm, people: Population, tensors: dict[str, Entry], x: Tensor) -> Tensor:
-    """nn.LayerNorm with weights of its own for each probe."""
+    """nn.LayerNorm with weights of its own for each probe: one after the other where that saves a pass over memory."""
+    if x.device.type == "cpu" and x.nbytes > PIECE and not x.shape[0] % len(people):
+        values = {a: people.vectors(e) for a, e in tensors.items()}
+        out, each = torch.empty_like(x), x.shape[0] // len(people)
+        for p in range(len(people)):
+            weight, bias = (values[a][p] if a in values else getattr(module, a) for a in ("weight", "bias"))
+            rows = slice(p * each, (p + 1) * each)
+            out[rows] = F.layer_norm(x[rows], module.normalized_shape, weight, bias, module.eps)
+        return out
     out = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
     flat = out.view(len(people), -1, out.shape[-1])
     weight = people.vectors(tensors["weight"])[:, None] if "weight" in tensors else module.weight

@@ -17,13 +17,13 @@ Say = Callable[[str], None]
 
 
 class Progress(transformers.TrainerCallback):
-    """metrics.jsonl and one console line a log step; ends the run when a signal came.
+    """metrics.jsonl and one console line a log step; ends the run when a signal came, with a checkpoint where it `saves`.
 
     A line says how long the run has trained, without its evaluations: seconds, and cpu_seconds of processor time.
     """
 
-    def __init__(self, folder: Path, signals: Signals, backward: bool, say: Say):
-        self.folder, self.signals, self.backward, self.say = folder, signals, backward, say
+    def __init__(self, folder: Path, signals: Signals, saves: bool, say: Say):
+        self.folder, self.signals, self.saves, self.say = folder, signals, saves, say
         self._spent = self._since = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -52,7 +52,7 @@ class Progress(transformers.TrainerCallback):
         if self.signals.received and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_evaluate = control.should_log = False
-            control.should_save = self.backward
+            control.should_save = self.saves
 
 
 def _clocks() -> tuple[float, float]:

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from smidgen.called import CalledObjective
 from smidgen.directions import Direction, Probe
 from smidgen.hidden import stds
-from smidgen.objective import CalledObjective, ModelObjective
+from smidgen.objective import ModelObjective
 from smidgen.outputs import sizes
 from smidgen.per_example import Span, varies
+from smidgen.perturbed import Draw
 
 
 class Reduced:
@@ -37,13 +39,15 @@ class Reduced:
 
     def _place(self, probes: Sequence[Probe]) -> dict[str, Span]:
         """Which examples of the step this rank's are, where that matters."""
-        if not (isinstance(self.inner, ModelObjective) and varies(probes)):
-            return {}
+        return {"span": self._span()} if isinstance(self.inner, ModelObjective) and varies(probes) else {}
+
+    def _span(self) -> Span:
+        assert isinstance(self.inner, ModelObjective)
         mine = torch.tensor(self.inner.examples())
         parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, mine)
         counts = [int(part) for part in parts]
-        return {"span": Span(sum(counts[: torch.distributed.get_rank()]), sum(counts))}
+        return Span(sum(counts[: torch.distributed.get_rank()]), sum(counts))
 
     def slope(self, direction: Direction) -> tuple[float, float]:
         if isinstance(self.inner, CalledObjective):
@@ -80,6 +84,14 @@ class Reduced:
         parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, mine)
         return sizes(_add_in_order(parts), names)
+
+    def perturbed(self, names: Sequence[str], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every rank gets the inputs of all examples: N x D floats a layer travel."""
+        if isinstance(self.inner, CalledObjective):
+            return self.inner.perturbed(names, draw)
+        (total, weight), inputs = self.inner.perturbed_sums(names, draw, self._span())
+        total, weight = torch.cat(_gather_ragged(torch.stack([total, weight])), dim=-1)
+        return total / weight, {name: torch.cat(_gather_ragged(X)) for name, X in inputs.items()}
 
 
 def _add_in_order(parts: Sequence[Tensor]) -> Tensor:

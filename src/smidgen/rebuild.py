@@ -29,7 +29,7 @@ def replay(base: str, run: Path, to: Path, *, at: int | None = None) -> dict[str
     if not (run / folders.RESOLVED).exists():
         raise ConfigError(f"{run} is no run folder: it has no {folders.RESOLVED}")
     if not (run / folders.JOURNAL).exists():
-        raise ConfigError(f"{run} has no journal: its method uses back-propagation and resumes from checkpoints only")
+        raise ConfigError(f"{run} has no journal: its method, with these options, resumes from checkpoints only")
     folders.refuse_occupied(to, force=False)
     transcript = journal.read(run / folders.JOURNAL, stop=at)
     records = transcript.steps()

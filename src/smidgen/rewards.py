@@ -21,6 +21,7 @@ from smidgen.directions import Direction, Probe
 from smidgen.generation import Answerer, with_labels
 from smidgen.loss import choice_index, targets
 from smidgen.objective import ModelObjective, Sums
+from smidgen.perturbed import Draw
 from smidgen.probing import Batch, Engine
 from smidgen.reuse import Held
 from smidgen.scoring import best_of_groups, row_sums
@@ -82,6 +83,11 @@ class RewardObjective:
     def output_squares(self, names: Sequence[str]) -> Tensor:
         """As a ModelObjective of the same rows."""
         return ModelObjective(self.engine, [with_labels(batch) for batch in self.batches]).output_squares(names)
+
+    def perturbed(self, names: Sequence[str], draw: Draw) -> NoReturn:
+        raise ConfigError("a reward is not measured under noise on outputs: take es or lozo")
+
+    perturbed_sums = perturbed
 
     def slope(self, direction: Direction) -> NoReturn:
         raise ConfigError(no_gradient("this objective"))

@@ -47,7 +47,7 @@ from smidgen.settings import (
     training_arguments,
 )
 from smidgen.signals import Signals
-from smidgen.trainer import Trainer, method_config, uses_backward
+from smidgen.trainer import Trainer, method_config
 
 _EVAL_LENGTH = 1024  # tokens of a row in evaluation, unless training asks for more; chosen
 
@@ -240,6 +240,8 @@ def _train(
     for name, split in splits.items():
         for remark in split.rows.notices:
             notice(f"{name}: {remark}")
+    options_used = method_config(config.method, config.preset, options_of(config))
+    saves = not optim.get(config.method).build.replayable(options_used)
     trainer = Trainer(
         model=adapted.model,
         args=arguments,
@@ -247,7 +249,7 @@ def _train(
         eval_dataset=splits["dev"].rows,  # type: ignore[arg-type]
         data_collator=prepared.collator,
         processing_class=tokenizer,
-        callbacks=[Progress(folder, signals, uses_backward(config.method), say)],
+        callbacks=[Progress(folder, signals, saves, say)],
         method=config.method,
         preset=config.preset,
         method_args=options_of(config),

@@ -68,7 +68,7 @@ def choose(config: RunConfig, rows: int, say: Callable[[str], None]) -> RunConfi
     updates["train.num_train_epochs"] = None
     if train.eval_steps is None:
         updates["train.eval_steps"] = max(1, steps // 5)
-    if train.save_steps is None and backward:
+    if train.save_steps is None and not optim.get(config.method).build.replayable(resolved):
         updates["train.save_steps"] = max(1, steps // 5)
     if train.logging_steps is None:
         updates["train.logging_steps"] = max(1, steps // 50)

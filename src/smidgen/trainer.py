@@ -27,10 +27,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from smidgen import journal, optim, quantised
 from smidgen import presets as published
 from smidgen.batched import BatchedEngine
+from smidgen.called import CalledObjective
 from smidgen.config import ConfigError, Diverged, nearest, notice
 from smidgen.folder import JOURNAL
 from smidgen.moving import MovingMixin
-from smidgen.objective import CalledObjective, ModelObjective, Objective, Recorded, Replayed
+from smidgen.objective import ModelObjective, Objective, Recorded, Replayed
 from smidgen.optim._optimizer import Optimizer
 from smidgen.params import ParamView
 from smidgen.probing import Batch, Engine
@@ -65,7 +66,7 @@ def method_config(method: str, preset: str | None, options: dict[str, Any]) -> A
 
 
 def uses_backward(method: str) -> bool:
-    """Whether a method back-propagates; such a run resumes from checkpoints and has no journal."""
+    """Whether a method back-propagates."""
     return "backward" in _optimizer_class(optim.get(method)).uses
 
 
@@ -119,6 +120,7 @@ class ForwardOnlyMixin:
             options["lr"] = training.learning_rate
         self.method_config = method_config(self.method, preset or self.preset, options)
         training.learning_rate = self.method_config.lr
+        self.journalled = _optimizer_class(optim.get(self.method)).replayable(self.method_config)
         if training.fp16:
             raise ConfigError("fp16=True scales gradients, which these methods do not have: use bf16=True or float16 weights")
         if training.n_gpu > 1:
@@ -161,7 +163,7 @@ class ForwardOnlyMixin:
         """As Trainer's. With `resume_from_checkpoint=True` and a journal in the output folder the run goes on from the
         journal's last whole step."""
         resume = resume_from_checkpoint
-        if not self.backward:
+        if self.journalled:
             self.create_optimizer()
             resume = self._open_journal(resume)
         elif resume is True:
@@ -237,7 +239,7 @@ class ForwardOnlyMixin:
             engine.forwards += replayed.forwards * len(batches)
             engine.jvps += replayed.jvps * len(batches)
             engine.tokens += replayed.forwards * sum(b["input_ids"].numel() for b in batches if "input_ids" in b)
-        elif self.backward:
+        elif not self.journalled:
             loss = opt.step(self._objective(batches, items))
         else:
             recorded = Recorded(self._objective(batches, items))

@@ -9,10 +9,12 @@ import torch
 
 from families import batch, make
 from smidgen.batched import BatchedEngine
+from smidgen.config import ConfigError
 from smidgen.directions import Dense
 from smidgen.objective import ClosureObjective, ModelObjective, Recorded
 from smidgen.optim.es import ES, Config, shaped
 from smidgen.params import ParamView
+from smidgen.trainer import method_config
 
 
 def problem(seed=0):
@@ -94,6 +96,15 @@ def test_a_member_without_a_finite_loss_ranks_last_or_voids_its_pair():
     assert not ES(weights, Config()).step(lambda: torch.tensor(math.nan)) < math.inf
 
 
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_pair_without_a_finite_loss_is_not_in_the_loss_that_is_reported(lost):
+    weights = problem()
+    opt = ES(weights, Config(queries=2, shape="rank"))
+    values = iter([lost, lost, 3.0, 2.0])
+    assert opt.step(lambda: torch.tensor(next(values))) == 2.5
+    assert opt.outcome.written and opt.outcome.voided == 0 and opt.outcome.measures["zo/spread"] == pytest.approx(0.5**0.5)
+
+
 def test_relative_fitness_on_a_model_with_ragged_micro_batches():
     kind, model = make("llama-tied")
     view = ParamView.of_model(model)
@@ -103,3 +114,12 @@ def test_relative_fitness_on_a_model_with_ragged_micro_batches():
     opt.step(ModelObjective(BatchedEngine(model, view, kind), rows))
     opt.merge_()
     assert opt.outcome.written and not all(torch.equal(before[e.name], e.storage) for e in view)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "least"), [("es", "queries", 1), ("fzoo", "queries", 2), ("cma_es", "population", 4)]
+)
+def test_a_population_too_small_to_compare_is_refused(method, option, least):
+    """es counts pairs: one is a population of two."""
+    with pytest.raises(ConfigError, match=f"{method}: option '{option}' = {least - 1}: .*greater than or equal to {least}"):
+        method_config(method, None, {option: least - 1})

@@ -99,7 +99,7 @@ def test_units_are_measured_once_and_replayed():
             else:
                 transcript.append(objective.values)
         ends.append(view.snapshot())
-    assert [len(values) for values in transcript] == [len(opt.vectors) + 12, 12, 12]
+    assert [len(values) for values in transcript] == [len(opt.moved) + 12, 12, 12]
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
 
 
@@ -119,3 +119,54 @@ def test_outputs_that_are_not_finite_are_measured_again():
     assert math.isnan(opt.step(Once())) and not opt.outcome.written and torch.equal(w, torch.ones(3))
     opt.step(Once())
     assert opt.units == {"0": 2.0} and torch.allclose((w - 1).abs(), torch.full((3,), 0.2))
+
+
+def test_weights_move_by_the_outer_product_with_token_summed_inputs():
+    """By hand, from what the objective answers; that answer's own twin is in test_perturbed.py."""
+    for family in ("opt-tied", "gpt2"):
+        kind, model = make(family)
+        view, rows = ParamView.of_model(model), [batch(kind, rows=3, seed=4), batch(kind, rows=2, seed=5)]
+        objective, asked = ModelObjective(BatchedEngine(model, view, kind), rows), {}
+
+        class Seen:
+            key = None
+
+            def __getattr__(self, name, objective=objective):
+                return getattr(objective, name)
+
+            def perturbed(self, names, draw, objective=objective, asked=asked):
+                asked["draw"], asked["answer"] = draw, objective.perturbed(names, draw)
+                return asked["answer"]
+
+        before = view.snapshot()
+        opt = Node(view, lr=1e-3, credit="weights", momentum=0.0)
+        opt.step(Seen())
+        (L, inputs), opt.t = asked["answer"], 0  # noise of the step that was made
+        c = (L[0] - L[1]) / (2 * 0.05)
+        c = c / c.square().mean().sqrt()
+        moved = {e.name for e in view if not torch.equal(e.storage, before[e.name])}
+        assert moved == inputs.keys() == {e.name for e in view if opt.moves(e.name)} and len(moved) >= 8 and not opt.state
+        for name, X in inputs.items():
+            V = torch.stack([asked["draw"](name, n, 5) for n in range(5)]) / (0.05 * opt.units[name])
+            assert torch.allclose(V.abs(), torch.ones_like(V), atol=1e-5)
+            G = sum(float(c[n]) * torch.outer(V[n], X[n]) for n in range(5))
+            G = G if family == "opt-tied" else G.T
+            step = view[name].storage - before[name]
+            assert torch.allclose(step, -1e-3 * G / G.square().mean().sqrt(), atol=1e-6)
+
+
+def test_credit_to_weights_lowers_the_loss_and_says_what_it_cannot():
+    kind, model = make("llama-tied")
+    view = ParamView.of_model(model)
+    engine, rows = BatchedEngine(model, view, kind), batch(kind, rows=8, seed=3)
+    first, opt = float(engine.losses(rows).nll.mean()), Node(view, lr=3e-3, credit="weights")
+    for _ in range(30):
+        opt.step(ModelObjective(engine, [rows]))
+    assert float(engine.losses(rows).nll.mean()) < first - 0.05
+    assert not Node.replayable(opt.config) and Node.replayable(Config())
+    with pytest.raises(ConfigError, match="a closure has none: take vectors"):
+        opt.step(lambda: torch.tensor(1.0))
+    with pytest.raises(ConfigError, match="none of the 1 tuned tensors is one"):
+        Node([torch.ones(3, requires_grad=True)], credit="weights")
+    with pytest.raises(ValueError, match="queries = 2 with credit = weights"):
+        Config(credit="weights", queries=2)

@@ -67,6 +67,11 @@ class Optimizer(torch.optim.Optimizer):
         self.spent: dict[str, int] = {}  # what the steps cost so far (forwards, ...), kept here by the trainer
         super().__init__(groups, {"lr": config.lr})
 
+    @classmethod
+    def replayable(cls, config: Any) -> bool:
+        """Whether the losses of a step determine it, so that a journal of them is the run."""
+        return "backward" not in cls.uses
+
     # -- to be written by a method ------------------------------------------------------------------------------------
 
     def _step(self, objective: Objective) -> Outcome:

@@ -20,6 +20,7 @@ of old members.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
@@ -75,8 +76,9 @@ class ES(LazyOptimizer):
         means = L.mean(1).view(-1, 2)
         c = shaped(L, cfg.shape).view(-1, 2)
         c = (c[:, 0] - c[:, 1]) / 2
-        g = Estimate.of(Z, c, means.nanmean(1) if cfg.shape == "rank" else means.mean(1), None)
-        if g.dead or not bool(means.isfinite().any()):
+        finite = L[L.isfinite()]
+        g = Estimate.of(Z, c, means.mean(1), None)
+        if g.dead or not finite.numel():
             return Outcome(loss=torch.nan, written=False, voided=cfg.queries)
         self.decay_()
         self.steps += 1
@@ -93,7 +95,7 @@ class ES(LazyOptimizer):
                 for key in ("first", "second"):
                     if key in (state := self.state[self.view[name].tensor]):
                         state[key].zero_()
-        return g.outcome(**{"zo/spread": float(L.std())})
+        return replace(g, loss=float(finite.mean())).outcome(**{"zo/spread": float(finite.std())})
 
     def _stepped(self, name: str, G: Tensor) -> Tensor:
         """The direction of the step: G, its momentum, or Adam's."""
