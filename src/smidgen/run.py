@@ -240,8 +240,7 @@ def _train(
     for name, split in splits.items():
         for remark in split.rows.notices:
             notice(f"{name}: {remark}")
-    options_used = method_config(config.method, config.preset, options_of(config))
-    saves = not optim.get(config.method).build.replayable(options_used)
+    saves = not optim.get(config.method).build.replayable(method_config(config.method, config.preset, options_of(config)))
     trainer = Trainer(
         model=adapted.model,
         args=arguments,
