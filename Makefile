@@ -76,6 +76,7 @@ check: $(READY)
 	$(PY) scripts/dfo_tables.py --check
 	$(PY) scripts/spiel_tables.py --check
 	$(PY) scripts/speed_tables.py --check
+	$(PY) scripts/velora_quality_tables.py --check
 
 # A goal missed is a figure in the record, never an error; a script that breaks is one, after all others have run.
 bench: $(READY)
@@ -103,6 +104,7 @@ docs: $(READY)
 	$(PY) scripts/dfo_tables.py
 	$(PY) scripts/spiel_tables.py
 	$(PY) scripts/speed_tables.py
+	$(PY) scripts/velora_quality_tables.py
 
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

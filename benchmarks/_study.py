@@ -1,7 +1,7 @@
 """How a study is conducted: what of a grid can run here, its runs side by side in processes of their own, a record of each.
 
-A second start goes on where the first stopped. A study brings its grid and what it measures; zo_bench.py, spiel_quality.py and
-speed_to_accuracy.py are studies.
+A second start goes on where the first stopped. A study brings its grid and what it measures; zo_bench.py, spiel_quality.py,
+velora_quality.py and speed_to_accuracy.py are studies.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,17 @@ def work(
                 path.write_text(json.dumps(record, indent=1) + "\n")
                 ended[record["status"]] += 1
                 print(line(run, record, time.monotonic() - began), flush=True)
+
+
+def means(grid: Grid, records: Mapping[str, Record]) -> dict[str, float]:
+    """Mean over seeds of the place's metric on the test rows, by place and method; and what is tuned."""
+    found: dict[str, list[float]] = {}
+    for record in records.values():
+        if record["role"] in ("seed", "zero_shot") and record["status"] == "done" and record["place"] in grid.places:
+            name = f"{record['place']}_{record['method']}"
+            found.setdefault(name, []).append(record["test"][grid.places[record["place"]]["metric"]])
+            found[f"{name}_tuned_weights"] = [record["tuned_weights"]]
+    return {name: statistics.fmean(values) for name, values in sorted(found.items())}
 
 
 def arguments(

@@ -156,9 +156,9 @@ class Grid:
             "data": p["data"],
             "rows": p["rows"],
             "max_length": p["max_length"],
-            "run": p.get("run", {}),
+            "run": {**p.get("run", {}), **m.get("run", {})},
             "scheme": scheme,
-            "scheme_args": p.get("scheme_args", {}).get(scheme, {}),
+            "scheme_args": {**p.get("scheme_args", {}).get(scheme, {}), **m.get("scheme_args", {})},
             "method": m.get("method", method),
             "options": options,
             "lr": lr,
@@ -171,8 +171,9 @@ class Grid:
         return Run(place, scheme, ZERO_SHOT if role == "zero_shot" else method, role, seed, settings)
 
     def zero_shot(self, place: str, scheme: str) -> Run:
-        """The model as it is under a scheme: one step of zo_sgd too small to move a weight."""
-        return self.run((place, scheme, "zo_sgd"), "zero_shot", self.raw["seeds"][0], _NOTHING, 1)
+        """The model as it is under a scheme, or under the grid's `untrained` for all: one step of zo_sgd too small to move a
+        weight."""
+        return self.run((place, self.raw.get("untrained", scheme), "zo_sgd"), "zero_shot", self.raw["seeds"][0], _NOTHING, 1)
 
     def search(self, cell: Cell, records: Mapping[str, Record]) -> list[Run]:
         """The trials of a cell whose rates are known by now; none where it takes the rate of another method."""
@@ -219,8 +220,8 @@ class Grid:
     def stated(self, records: Mapping[str, Record], cells: Sequence[Cell] | None = None) -> Iterator[Run]:
         """Every run whose settings are known; records: by `Run.name`."""
         cells = self.cells() if cells is None else cells
-        for place, scheme in dict.fromkeys(cell[:2] for cell in cells):
-            yield self.zero_shot(place, scheme)
+        untrained = [self.zero_shot(place, scheme) for place, scheme in dict.fromkeys(cell[:2] for cell in cells)]
+        yield from {run.name: run for run in untrained}.values()
         for cell in cells:
             yield from self.search(cell, records)
             lr = self.chosen(cell, records)

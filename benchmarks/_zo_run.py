@@ -155,12 +155,18 @@ def measure(run: Run, shared: Path, data: Path, threads: int) -> dict[str, Any]:
 
 def state_bytes(config: Any, classes: int | None, options: Any) -> int:
     """What the method declares to hold for the tensors that this run tunes."""
-    from smidgen import optim
+    from smidgen import activations, optim
     from smidgen import run as runs
+    from smidgen.params import shapes
 
-    view = runs.load(config, classes).adapted.view
-    shapes = {entry.name: (tuple(entry.storage.shape), entry.storage.dtype) for entry in view}
-    return optim.get(config.method).build.state_bytes(shapes, options)
+    adapted = runs.load(config, classes).adapted
+    held = shapes(adapted.view)
+    if config.activations is not None:
+        policy = activations.get(config.activations)
+        made = policy.build(adapted.model, policy.Config(**config.activations_args), view=adapted.view)
+        if optim.get(config.method).build.compressed:
+            held = made.gradient_shapes(held)
+    return optim.get(config.method).build.state_bytes(held, options)
 
 
 def perform(run: Run, shared: Path, data: Path, to: Path, threads: int, measure: Measure) -> None:

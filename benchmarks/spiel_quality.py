@@ -2,48 +2,20 @@
 
 The grid (spiel_quality.yaml) and the runner are those of the zeroth-order study: the learning rate of each cell is searched on
 dev rows with as many trials for every method, the chosen one runs with all seeds and reads the test rows once, and every run
-is a record; a second start makes only what is missing. A method of this grid may add scheme options (`scheme_args`) and keys
-of the run (`run`, such as quantise) to those of its place. Goal: SpIEL-AG at least as good as LoRA at each place, in the
+is a record; a second start makes only what is missing. Goal: SpIEL-AG at least as good as LoRA at each place, in the
 place's own metric: test accuracy, or held-out loss.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _record import emit
-from _study import arguments, conduct
-from _zo_grid import Grid, Record, Role, Run
-
-
-class Cells(Grid):
-    """A grid whose methods have scheme options and run keys of their own."""
-
-    def run(self, cell: tuple[str, str, str], role: Role, seed: int, lr: float, steps: int, batch: int | None = None) -> Run:
-        made, own = super().run(cell, role, seed, lr, steps, batch), self.methods[cell[2]]
-        for key in ("scheme_args", "run"):
-            made.settings[key] = {**made.settings[key], **own.get(key, {})}
-        return made
-
-    def zero_shot(self, place: str, scheme: str) -> Run:
-        """The untrained model is the same under every scheme; zo_sgd takes it as it is."""
-        return super().zero_shot(place, "full")
-
-
-def means(grid: Grid, records: Mapping[str, Record]) -> dict[str, float]:
-    """Mean over seeds of the place's metric on the test rows, by place and method; and what is tuned."""
-    found: dict[str, list[float]] = {}
-    for record in records.values():
-        if record["role"] in ("seed", "zero_shot") and record["status"] == "done" and record["place"] in grid.places:
-            name = f"{record['place']}_{record['method']}"
-            found.setdefault(name, []).append(record["test"][grid.places[record["place"]]["metric"]])
-            found[f"{name}_tuned_weights"] = [record["tuned_weights"]]
-    return {name: statistics.fmean(values) for name, values in sorted(found.items())}
+from _study import arguments, conduct, means
+from _zo_grid import Grid
 
 
 def against(grid: Grid, figures: dict[str, float]) -> dict[str, tuple[str, float]]:
@@ -59,7 +31,7 @@ def against(grid: Grid, figures: dict[str, float]) -> dict[str, tuple[str, float
 
 def main() -> None:
     args = arguments(__doc__, __file__, "spiel")
-    grid = Cells.read(args.grid, args.scale)
+    grid = Grid.read(args.grid, args.scale)
     made = conduct(grid, args)
     if made is None:
         return

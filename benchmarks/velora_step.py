@@ -4,7 +4,8 @@ LoRA with VeLoRA against LoRA with checkpointing and peft's own VeLoRA variant: 
 velora_over_plain, velora_over_checkpointed              time of a step over the opponent's; medians, sides alternate
 velora_peak_over_plain, velora_peak_over_checkpointed    peak over the loaded weights over the opponent's; own processes
 velora_over_<side>, velora_peak_over_<side>              the same against checkpointing with 8-bit AdamW, and with SinkGD,
-                                                         which has no state, updated in the backward pass
+                                                         which has no state, updated in the backward pass; and VeLoRA
+                                                         with checkpointing itself
 same_kernels_over_plain                                  velora_over_plain with torch's matrix products on both sides: our
                                                          layers multiply through oneDNN, and the other sides through MKL
 lora_velora_over_<side>, lora_velora_peak_over_<side>    LoRA + VeLoRA over LoRA with checkpointing and over peft's variant
@@ -14,10 +15,12 @@ lora_velora_over_<side>, lora_velora_peak_over_<side>    LoRA + VeLoRA over LoRA
                                                          logits not included
 weights_mib, logits_mib                                  the loaded weights, which no peak includes; a block of logits
 
-All sides share our chunked cross-entropy (logits of at most 16M numbers at a time, made again in the backward) and one
-policy for the embedding, which is tied to the head: it is frozen. Tensors of a megabyte and more are given back to the system
-at once on all sides (glibc would keep holes between them, which are no side's need). `--gpu`: width 2048, bfloat16, 8 x 1024
-on a CUDA device. `--small` is a smoke test on a tiny model; `--only velora,plain` leaves the other sides out.
+All sides share our chunked cross-entropy (logits of 4M numbers at a time, made again in the backward) and one policy for the
+embedding, which is tied to the head: it is frozen. Tensors of a megabyte and more are given back to the system at once on all
+sides (glibc would keep holes between them, which are no side's need). `--device cuda`: width 2048, bfloat16, 8 x 1024.
+`--small` is a smoke test on a tiny model; `--only velora,plain` leaves the other sides out. `--keep FILE` keeps figures:
+those that it holds are not measured again. `--part memory`, which needs no quiet machine, or `times` measures no more, and its
+record has the goals of its figures alone.
 """
 
 from __future__ import annotations
@@ -107,6 +110,11 @@ def velora(model: nn.Module) -> Stepper:
     return compressed(model, "velora_adamw")
 
 
+def velora_checkpointed(model: nn.Module) -> Stepper:
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return velora(model)
+
+
 def compressed(model: nn.Module, method: str) -> Stepper:
     from smidgen import activations
     from smidgen.params import ParamView
@@ -145,13 +153,14 @@ SIDES: dict[str, Callable[[nn.Module], Stepper]] = {
         checkpointed_8bit,
         checkpointed_sinkgd,
         velora,
+        velora_checkpointed,
         lora_checkpointed,
         lora_velora,
         lora_peft_velora,
     )
 }
 PAIRS = {
-    "velora": ("plain", "checkpointed", "checkpointed_8bit", "checkpointed_sinkgd"),
+    "velora": ("plain", "checkpointed", "checkpointed_8bit", "checkpointed_sinkgd", "velora_checkpointed"),
     "lora_velora": ("lora_checkpointed", "lora_peft_velora"),
 }
 
@@ -246,16 +255,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="a tiny model and short rows: a smoke test")
-    parser.add_argument("--gpu", action="store_true", help="the larger model on a CUDA device")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the larger model")
+    parser.add_argument("--keep", type=Path, help="file that keeps figures")
+    parser.add_argument("--part", choices=("memory", "times"), help="measure this alone")
     parser.add_argument("--only", help="sides to measure, separated by commas; all")
     parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--times", choices=PAIRS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shape = "tiny" if args.small else "gpu" if args.gpu else "full"
+    shape = "tiny" if args.small else "gpu" if args.device == "cuda" else "full"
     if shape != "gpu":
         on_cpu()
-    rows, length = (2, 16) if args.small else (args.rows, args.length or (1024 if args.gpu else 256))
+    rows, length = (2, 16) if args.small else (args.rows, args.length or (1024 if shape == "gpu" else 256))
     only = list(SIDES) if args.only is None else args.only.split(",")
     pairs = {first: [side for side in others if side in only] for first, others in PAIRS.items() if first in only}
     if args.peak:
@@ -273,25 +284,37 @@ def main() -> None:
         print("\n".join(lines), flush=True)
         return json.loads(last)  # type: ignore[no-any-return]
 
+    from smidgen.loss import KEPT_LOGITS
+
     size = {"gpu": 2}.get(shape, 4)
     config = {"tiny": TINY, "full": FULL, "gpu": GPU}[shape]
-    block = min(rows * length, max(1, (1 << 24) // config["vocab_size"]))
+    logits = rows * length * config["vocab_size"]
     with torch.device("meta"):
         weights = sum(p.numel() for p in skeleton(config).parameters())
-    figures = {"weights_mib": weights * size / 2**20, "logits_mib": block * config["vocab_size"] * 4 / 2**20}
-    for side in only:
-        found = apart("--peak", side)
-        figures |= {f"{side}_{part}_mib": value for part, value in found.items()}
-        print(f"{side}: peak over the weights {found['peak']:.0f} MiB", flush=True)
+    figures = {"weights_mib": weights * size / 2**20, "logits_mib": min(logits, KEPT_LOGITS) * 4 / 2**20}
+    if args.keep and args.keep.exists():
+        figures |= json.loads(args.keep.read_text())
+
+    def known(found: dict[str, float]) -> None:
+        figures.update(found)
+        if args.keep:
+            args.keep.write_text(json.dumps(figures))
+
+    for side in only if args.part != "times" else ():
+        if f"{side}_peak_mib" not in figures:
+            known({f"{side}_{part}_mib": value for part, value in apart("--peak", side).items()})
+            print(f"{side}: peak over the weights {figures[f'{side}_peak_mib']:.0f} MiB", flush=True)
+    for first, others in pairs.items() if args.part != "memory" else ():
+        if missing := [side for side in others if f"{first}_over_{side}" not in figures]:
+            known(apart("--times", first, "--only", ",".join([first, *missing])))
     for first, others in pairs.items():
-        for side in others:
+        for side in others if f"{first}_peak_mib" in figures else ():
             figures[f"{first}_peak_over_{side}"] = figures[f"{first}_peak_mib"] / max(figures[f"{side}_peak_mib"], 1e-9)
-        if others:
-            figures |= apart("--times", first)
     names = {"tiny": "tiny", "full": "llama 110M, random", "gpu": "llama 0.9B, random"}
-    setting = {"model": names[shape], "dtype": "bfloat16" if args.gpu else "float32", "rows": rows, "length": length}
+    setting = {"model": names[shape], "dtype": "bfloat16" if shape == "gpu" else "float32", "rows": rows, "length": length}
     setting |= {"groups": GROUPS, "recompute": "mlp", "lora_rank": RANK, "embedding": "tied, frozen on all sides"}
-    emit("velora_step", figures, {} if shape != "full" or args.only else GOALS, setting | ALLOCATOR)
+    goals = {key: goal for key, goal in GOALS.items() if key in figures and shape == "full"}
+    emit("velora_step", figures, goals, setting | ALLOCATOR)
 
 
 if __name__ == "__main__":

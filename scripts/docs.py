@@ -75,6 +75,17 @@ def family(title: str, package: ModuleType) -> str:
     )
 
 
+def policies() -> str:
+    """What the forward keeps for back-propagation: one section a policy."""
+    from smidgen import activations
+
+    head = """## Activations
+
+What back-propagation keeps of the forward: `activations: NAME`, with options under `activations_args`, for methods that use it.
+"""
+    return "\n".join([head, *(section(name, activations.get(name)) for name in activations.names())])
+
+
 def formats(package: ModuleType) -> str:
     """Scheme by export format, from each scheme's EXPORTS."""
     exports = {name: package.get(name).EXPORTS for name in package.names()}
@@ -132,7 +143,7 @@ def page() -> str:
     """The whole of docs/methods.md."""
     from smidgen import adapt, optim
 
-    return "\n".join([HEAD, family("Methods", optim), family("Schemes", adapt), formats(adapt), published()])
+    return "\n".join([HEAD, family("Methods", optim), family("Schemes", adapt), policies(), formats(adapt), published()])
 
 
 def main() -> int:

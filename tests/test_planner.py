@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, OPTConfig, RobertaConfig, T5Config
 
-from smidgen import advice, optim, simulate
+from smidgen import adapt, advice, optim, simulate
 from smidgen.cli import app
 from smidgen.config import ConfigError
-from smidgen.planner import Case, Model, Plan, Planner, passes, refused
+from smidgen.planner import Case, Model, Plan, Planner, compress, passes, refused
 from smidgen.simulate import Rows
 
 MIB = 1 << 20
@@ -72,6 +72,53 @@ def test_the_saved_bytes_are_those_that_autograd_saves():
         loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
     assert loss.requires_grad
     assert found.saved == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "mlp"])
+def test_a_layers_saved_bytes_under_velora_are_those_of_the_hooks_and_of_the_formula(recompute):
+    """What one more layer saves: simulated, counted through saved-tensor hooks, and by the policy's formula, beside which
+    attention saves q, k, v, its output, a number a head, and a mask that knows of padding."""
+    rows, length, width, heads = 2, 24, 64, 4
+    simulated, counted, told, vectors = [], [], [], []
+    for layers in (2, 3):
+        sizes = {**LLAMA, "num_key_value_heads": heads, "num_hidden_layers": layers}
+        fake, model = (simulate.build(LlamaConfig(**sizes), "causal", torch.float32, device=d) for d in ("meta", "cpu"))
+        policy = None
+        for made in (fake, model):
+            policy = compress(adapt.get("full").build(made, adapt.get("full").Config()), {"groups": 8, "recompute": recompute})
+        with simulate.without_storage(fake, "cpu"):
+            simulated.append(simulate.trace(fake, "causal", Rows(rows, length), backward=True).saved)
+        kept = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+
+        def pack(t, kept=kept):
+            kept.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
+            return t
+
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        assert hidden.requires_grad
+        counted.append(sum(kept.values()))
+        told.append(sum(policy.saved_bytes(rows * length, 4).values()))
+        vectors.append(sum(p.v.nbytes for p in set(policy.projections.values())))
+    layer, formula, made_in_it = (one[1] - one[0] for one in (counted, told, vectors))
+    assert simulated[1] - simulated[0] == layer + made_in_it  # a simulation sees the vectors made
+    attention = 4 * rows * length * (4 * width + heads + length)
+    assert (layer == formula + attention) == (recompute != "none")
+
+
+def test_a_plan_with_velora_needs_less_and_so_does_the_optimizer_that_knows_it():
+    planner = Planner(Model(*CONFIGS["llama"]), Rows(16, 64))
+    plain, dense, compressed = (
+        planner.plan(case).terms for case in (Case("adamw"), Case("adamw", keep="velora"), Case("velora_adamw", keep="velora"))
+    )
+    assert compressed.total < dense.total < plain.total and dense.optimizer == plain.optimizer
+    assert compressed.optimizer < 0.6 * plain.optimizer and compressed.gradients < 0.6 * plain.gradients
+    fewer = planner.plan(Case("velora_adamw", keep="velora", activations_options={"groups": 2, "recompute": "mlp"})).terms
+    assert fewer.total < compressed.total
+    assert "finds nothing to compress" in refused(planner, Case("adamw", "head", "velora"))
 
 
 def test_recomputation_keeps_less_and_a_frozen_base_less_still():

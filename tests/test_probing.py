@@ -258,7 +258,8 @@ def test_blocked_head_equals_the_full_softmax(monkeypatch, n, vocab, width, bloc
 def test_differentiable_loss_has_the_models_own_gradient(monkeypatch):
     from smidgen import loss
 
-    monkeypatch.setattr(loss, "_CHECKPOINT_LOGITS", 200)
+    monkeypatch.setattr(loss, "KEPT_LOGITS", 200)
+    monkeypatch.setattr(loss, "BLOCK_POSITIONS", 7)
     for family in ("llama-tied", "t5-tied", "gemma2", "bert-masked"):
         kind, model = make(family)
         data = batch(kind, labels="all")
@@ -271,6 +272,28 @@ def test_differentiable_loss_has_the_models_own_gradient(monkeypatch):
         for name, parameter in model.named_parameters():
             if name in want:
                 assert torch.allclose(parameter.grad, want[name], atol=1e-5, rtol=1e-4), (family, name)
+
+
+@pytest.mark.parametrize("dtype,near", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_blocks_of_logits_have_the_gradient_of_the_full_softmax_and_save_no_logits(monkeypatch, dtype, near, frozen):
+    from smidgen import loss
+
+    monkeypatch.setattr(loss, "KEPT_LOGITS", 40)
+    monkeypatch.setattr(loss, "BLOCK_POSITIONS", 4)
+    generator = torch.Generator().manual_seed(5)
+    made = [torch.randn(size, generator=generator).to(dtype) for size in ((9, 6), (23, 6), (23,))]
+    hidden, weight, bias = (t.requires_grad_(i == 0 or not frozen) for i, t in enumerate(made))
+    tokens, g = torch.randint(0, 23, (9,), generator=generator), torch.randn(9, generator=generator)
+    wanted_of = [t for t in made if t.requires_grad]
+    with torch.enable_grad():
+        want = F.cross_entropy(F.linear(hidden, weight, bias).float(), tokens, reduction="none")
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            found = loss.head_nll_differentiable(hidden, tokens, loss.PlainHead(weight, bias))
+    assert max(kept) == weight.numel() and torch.allclose(found, want, atol=near)
+    pairs = zip(torch.autograd.grad(found, wanted_of, g), torch.autograd.grad(want, wanted_of, g), strict=True)
+    assert all(a.dtype == dtype and torch.allclose(a, b, atol=near, rtol=near) for a, b in pairs)
 
 
 def test_choices_restrict_the_softmax():

@@ -40,6 +40,7 @@ SPECS: dict[str, dict[str, Any]] = {
 PREFERRED: tuple[Case, ...] = (
     Case("adamw", "full"),
     Case("adamw", "full", "checkpointing"),
+    Case("velora_adamw", "full", "velora"),
     Case("adamw", "lora"),
     Case("adamw", "lora", "checkpointing"),
     Case("sinkgd", "full", "checkpointing"),
@@ -57,6 +58,7 @@ Fit = Literal["fits", "tight", "no"]
 
 _WHY = {
     "adamw": "back-propagation fits, and learns most from the same number of forwards",
+    "velora_adamw": "back-propagation fits with compressed inputs, gradients and optimizer state",
     "sinkgd": "back-propagation fits without the state of an optimizer",
     "zo_adam": "back-propagation does not fit; of the methods that need no gradients it is the one with the most state",
     "lozo": "back-propagation does not fit; low-rank probes cost about what the forwards cost",
@@ -136,7 +138,9 @@ class Advice:
         tight = ", though tightly" if row.fit == "tight" else ""
         flag = f"--method {row.case.method} --scheme {row.case.scheme}"
         flag += f" --quantise {row.case.quantise}" if row.case.quantise else ""
-        flag += " train.gradient_checkpointing=true" if row.case.keep == "checkpointing" else ""
+        flag += {"all": "", "checkpointing": " train.gradient_checkpointing=true", "velora": " activations=velora"}[
+            row.case.keep
+        ]
         return f"take {flag} ({size(row.needed)}{tight}): {_WHY.get(row.case.method, 'it is what was asked for')}"
 
     def change(self, case: Case | None = None) -> str | None:
@@ -214,7 +218,7 @@ def cases(method: str | None, scheme: str | None) -> tuple[Case, ...]:
     if method is None:
         found = tuple(case for case in PREFERRED if scheme in (None, case.scheme))
         return found or tuple(replace(case, scheme=scheme or "") for case in PREFERRED if case.scheme == "lora")
-    keeps: tuple[Keep, ...] = ("all", "checkpointing") if "backward" in optim.get(method).build.uses else ("all",)
+    keeps: tuple[Keep, ...] = ("all", "checkpointing", "velora") if "backward" in optim.get(method).build.uses else ("all",)
     schemes = [scheme] if scheme else ["full", "lora"]
     return tuple(Case(method, s, keep) for s in schemes for keep in keeps)
 

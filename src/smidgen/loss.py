@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from smidgen.kinds import Kind
 from smidgen.linear import linear
@@ -30,7 +31,7 @@ NOT_INPUTS = frozenset(
 MARGIN = 2.0  # of the hinge loss over label words, in logits: BBTv2's and DFO-LoRA's
 BLOCK_ELEMENTS = 1 << 22  # elements of one vocabulary block of the head: 16 MB in float32; chosen
 BLOCK_POSITIONS = 4096  # label positions per block of logits
-_CHECKPOINT_LOGITS = 1 << 24  # logits (64 MB in float32) above which the backward pass recomputes them; chosen
+KEPT_LOGITS = 1 << 22  # logits (16 MB in float32) of a block with gradients; fewer in all are kept for the backward; chosen
 
 
 class Losses(NamedTuple):
@@ -92,11 +93,16 @@ def head_nll(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
     Vocabulary blocks are the outer loop, so that a displaced weight is generated once; positions the inner one. Peak:
     one block of the weight and one block of logits.
     """
+    total, picked = _log_sums(hidden, tokens, head, max(1, BLOCK_ELEMENTS // head.width))
+    return total - picked
+
+
+def _log_sums(hidden: Tensor, tokens: Tensor, head: Head, size: int) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp of all logits, logit of the token) at each position, from `size` rows of the vocabulary at a time."""
     n = hidden.shape[0]
     high = torch.full((n,), -torch.inf, device=hidden.device)
     total = torch.zeros(n, device=hidden.device)
     picked = torch.zeros(n, device=hidden.device)
-    size = max(1, BLOCK_ELEMENTS // head.width)
     for first in range(0, head.rows, size):
         stop = min(first + size, head.rows)
         weight, bias = head.block(first, stop)
@@ -110,24 +116,59 @@ def head_nll(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
             top = torch.maximum(high[at], logits.amax(1))
             total[at] = total[at] * (high[at] - top).exp() + logits.sub_(top[:, None]).exp_().sum(1)
             high[at] = top
-    return high + total.log() - picked
+    return high + total.log(), picked
 
 
 def head_nll_differentiable(hidden: Tensor, tokens: Tensor, head: PlainHead) -> Tensor:
-    """The same value with gradients; logits are recomputed in the backward pass where they would be large."""
-
-    def nll(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.cross_entropy(F.linear(x, weight, bias).float(), y, reduction="none")
-
+    """The same value with gradients; where logits would be many, one block of them lives at a time, in both passes."""
     n = hidden.shape[0]
-    size = max(1, _CHECKPOINT_LOGITS // head.rows)
-    if n <= size:
-        return nll(hidden, tokens, head.weight, head.bias)
-    parts = [
-        checkpoint(nll, hidden[i : i + size], tokens[i : i + size], head.weight, head.bias, use_reentrant=False)
-        for i in range(0, n, size)
-    ]
-    return torch.cat(parts)
+    if n * head.rows <= KEPT_LOGITS:
+        return F.cross_entropy(F.linear(hidden, head.weight, head.bias).float(), tokens, reduction="none")
+    size = max(1, min(head.rows, KEPT_LOGITS // min(n, BLOCK_POSITIONS)))
+    return _HeadNLL.apply(hidden, tokens, head.weight, head.bias, size)  # type: ignore[no-any-return]
+
+
+class _HeadNLL(Function):
+    """head_nll whose backward makes each block of logits z again: dz = g (softmax(z) - onehot(tokens)).
+
+    Saved: the hidden states, a number a position, the weight by reference. Its gradient is the only tensor of its size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
+        total, picked = _log_sums(hidden, tokens, PlainHead(weight, bias), size)
+        ctx.save_for_backward(hidden, tokens, weight, bias, total)
+        device = hidden.device.type
+        ctx.size, ctx.cast = size, (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        return total - picked
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, tokens, weight, bias, total = ctx.saved_tensors
+        wants_x, _, wants_w, wants_b, _ = ctx.needs_input_grad
+        dx = torch.zeros_like(hidden, dtype=torch.float32) if wants_x else None
+        dw, db = torch.zeros_like(weight) if wants_w else None, torch.zeros_like(bias) if wants_b else None
+        device, kind, enabled = ctx.cast
+        for first in range(0, len(weight), ctx.size):
+            rows = slice(first, min(first + ctx.size, len(weight)))
+            for lo in range(0, len(hidden), BLOCK_POSITIONS):
+                at = slice(lo, lo + BLOCK_POSITIONS)
+                x, w, own = hidden[at], weight[rows], g[at]
+                with torch.autocast(device, kind, enabled):
+                    z = linear(x, w, None if bias is None else bias[rows]).float()
+                z.sub_(total[at, None]).exp_().mul_(own[:, None])
+                index = tokens[at] - first
+                inside = (index >= 0) & (index < len(w))
+                z.scatter_add_(1, index.clamp(0, len(w) - 1)[:, None], torch.where(inside, -own, 0.0)[:, None])
+                dz = z.to(weight.dtype)
+                if dx is not None:
+                    dx[at] += linear(dz, w.t(), None)
+                if dw is not None:
+                    dw[rows].addmm_(dz.t(), x.to(weight.dtype))
+                if db is not None:
+                    db[rows] += z.sum(0).to(db.dtype)
+        return None if dx is None else dx.to(hidden.dtype), None, dw, db, None
 
 
 def choice_logits(hidden: Tensor, choices: Tensor, head: Head) -> Tensor:

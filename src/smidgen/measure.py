@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from smidgen import adapt, memory, optim, simulate
 from smidgen.batched import BatchedEngine
 from smidgen.loss import IGNORE
 from smidgen.objective import ModelObjective
-from smidgen.planner import Case, Model, Planner
+from smidgen.planner import Case, Model, Planner, compress
 from smidgen.simulate import Rows
 
 
@@ -28,7 +29,7 @@ def measured(planner: Planner, case: Case, threads: int | None = None) -> int | 
             "folder": folder,
             "model": {"kind": m.kind, "dtype": str(m.dtype).removeprefix("torch."), "device": m.device, "classes": m.classes},
             "rows": vars(b),
-            "case": {**vars(case), "options": dict(case.options or {}), "scheme_options": dict(case.scheme_options or {})},
+            "case": {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(case).items()},
             "threads": threads or torch.get_num_threads(),
         }
         command = [sys.executable, "-W", "ignore", "-m", "smidgen.measure"]
@@ -45,6 +46,8 @@ def steps(model: Model, batch: Rows, case: Case) -> None:
     adapted = module.build(net, module.Config(**dict(case.scheme_options or {})), seed=0, fresh=[])
     if case.keep == "checkpointing":
         simulate.checkpoint(adapted.model)
+    if case.keep == "velora":
+        compress(adapted, case.activations_options or {})
     engine = BatchedEngine(adapted.model, adapted.view, model.kind)
     method = optim.get(case.method)
     optimizer = method.build(adapted.view, method.Config(**{"lr": 1e-6, **(case.options or {})}))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 from pathlib import Path
 
 import torch
 
 _PROC = Path("/proc/self")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def _on_cuda() -> bool:
@@ -42,10 +45,21 @@ def peak() -> int:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_at(size: int) -> bool:
+    """From now on give freed blocks of `size` bytes and more back to the system at once; whether that can be asked for.
+
+    glibc's malloc does so from a threshold on that it raises up to 32 MiB by itself; below it, freed activations stay in the
+    heap as holes, and count as resident.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, size)) and bool(mallopt(_M_TRIM_THRESHOLD, size))
 
 
 def warm_up() -> None:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from smidgen import adapt, optim, simulate
+from smidgen import activations, adapt, optim, simulate
 from smidgen.batched import MEMORY
 from smidgen.config import ConfigError
 from smidgen.directions import Direction, Probe
@@ -37,7 +37,9 @@ from smidgen.perturbed import Draw
 from smidgen.readers import aligned
 from smidgen.simulate import Rows, Trace
 
-Keep = Literal["all", "checkpointing"]  # activations of the backward pass
+Keep = Literal["all", "checkpointing", "velora"]  # activations of the backward pass
+
+KEPT = {"all": "", "checkpointing": "_checkpointed", "velora": "_velora"}
 
 _SIDE = 32  # longest side of the stand-ins for tuned tensors with which the passes of a step are counted
 _UPDATE = 1 << 20  # elements of the blocks in which an update works
@@ -65,17 +67,17 @@ class Case:
     options: Mapping[str, Any] | None = None
     scheme_options: Mapping[str, Any] | None = None
     quantise: str | None = None  # how the base is held, where not as the model says: nf4, int8
+    activations_options: Mapping[str, Any] | None = None  # of keep = velora
 
     @property
     def key(self) -> str:
         """A name for records."""
-        kept = "_checkpointed" if self.keep == "checkpointing" else ""
-        return f"{self.scheme}_{self.method}{kept}" + (f"_{self.quantise}" if self.quantise else "")
+        return f"{self.scheme}_{self.method}{KEPT[self.keep]}" + (f"_{self.quantise}" if self.quantise else "")
 
     @property
     def label(self) -> str:
         """As a table names it."""
-        kept = " + checkpointing" if self.keep == "checkpointing" else ""
+        kept = "" if self.keep == "all" else f" + {self.keep}"
         return self.method + kept + (f" + {self.quantise}" if self.quantise else "")
 
 
@@ -216,12 +218,14 @@ class Planner:
         config = module.Config(**options)
         sizes = {name: shape for name, (shape, _) in tuned.items()}
         found = passes(case.method, options, sizes)
-        state = module.build.state_bytes(tuned, config)
+        compressed = self._compressed(case) if found.backwards else {}
+        state = module.build.state_bytes({**tuned, **(compressed if module.build.compressed else {})}, config)
         terms = (
             [self._by_forwards(case, found, tuned, state, scratch, module.build.lazy)] if found.forwards or found.slopes else []
         )
         if found.backwards:
-            terms.append(self._by_backward(case, {n: t for n, t in tuned.items() if n not in found.below}, found, state))
+            reached = {n: t for n, t in {**tuned, **compressed}.items() if n not in found.below}
+            terms.append(self._by_backward(case, reached, found, state))
         return Plan(case, max(terms, key=lambda t: t.total), found, count)
 
     # -- terms --------------------------------------------------------------------------------------------------------
@@ -242,7 +246,9 @@ class Planner:
         )
 
     def _by_backward(self, case: Case, tuned: Mapping[str, Any], found: Passes, state: int) -> Terms:
-        t = self._trace(case.scheme, _frozen(case.scheme_options), case.keep, True, 1, found.below)
+        t = self._trace(
+            case.scheme, _frozen(case.scheme_options), case.keep, True, 1, found.below, _frozen(case.activations_options)
+        )
         held = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tuned.values())
         largest = max(math.prod(shape) for shape, _ in tuned.values())
         wide = any(dtype.itemsize < 4 for _, dtype in tuned.values())
@@ -270,15 +276,32 @@ class Planner:
         backward: bool,
         many: int,
         below: frozenset[str] = frozenset(),
+        policy: tuple[tuple[str, Any], ...] = (),
     ) -> Trace:
         batch = replace(self.rows, rows=self.rows.rows * many)
 
         def once(config: Any) -> Trace:
             adapted = self._built(scheme, options, simulate.depth(config))
-            with self._mode, _frozen_below(adapted.view, below), simulate.keeping(adapted.model, keep):
-                return simulate.trace(adapted.model, self.model.kind, batch, backward=backward, quantise=self.model.quantise)
+            installed = compress(adapted, dict(policy)) if keep == "velora" else None
+            try:
+                with self._mode, _frozen_below(adapted.view, below), simulate.keeping(adapted.model, keep):
+                    return simulate.trace(
+                        adapted.model, self.model.kind, batch, backward=backward, quantise=self.model.quantise
+                    )
+            finally:
+                if installed is not None:
+                    installed.remove()
 
         return once(self.model.config) if below else simulate.of_depth(self.model.config, once)
+
+    def _compressed(self, case: Case) -> dict[str, Any]:
+        """Shapes of the gradients of the weights that keep = velora compresses, by name."""
+        if case.keep != "velora":
+            return {}
+        adapted = self._adapted(self.model.config, case.scheme, case.scheme_options or {})
+        plain = shapes(adapted.view)
+        found = compress(adapted, case.activations_options or {}).gradient_shapes(plain)
+        return {name: of for name, of in found.items() if of != plain[name]}
 
     def _without_storage(self, scheme: str, options: tuple[tuple[str, Any], ...], layers: int | None) -> Any:
         """The adapted model with so many layers, its tensors without storage: one for all simulations that need it."""
@@ -308,6 +331,12 @@ def _frozen_below(view: ParamView, names: Iterable[str]) -> Iterator[None]:
     finally:
         for tensor in held:
             tensor.requires_grad_(True)
+
+
+def compress(adapted: Any, options: Mapping[str, Any]) -> Any:
+    """The policy `velora` installed in an adapted model. Raises ConfigError where nothing can be compressed."""
+    policy = activations.get("velora")
+    return policy.build(adapted.model, policy.Config(**options), view=adapted.view)
 
 
 def scratch_bytes(model: nn.Module, view: ParamView) -> int:

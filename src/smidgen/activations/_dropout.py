@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from smidgen import noise
+from smidgen.activations._projection import without_storage
 
 
 class _Replayed(Function):
@@ -43,6 +44,8 @@ def masked(x: Tensor, p: float, seed: int) -> Tensor:
     if p == 1:
         return torch.zeros_like(x)
     y = (x / (1 - p)).contiguous()
+    if without_storage(x):
+        return y
     at = noise.Address(seed, 0, 0, 0, noise.MASK)
     dropped = noise.Drawn.share(at, p)
     noise.update_(y, (), "rademacher", decay=0.0, rounding="nearest", at=at, keep=dropped)  # what the mask keeps is erased
@@ -53,7 +56,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout of x in training, whose mask comes from one number of torch's generator."""
     if p == 0:
         return x
-    return _Replayed.apply(x, p, int(torch.randint(2**63 - 1, ())))  # type: ignore[no-any-return]
+    seed = 0 if without_storage(x) else int(torch.randint(2**63 - 1, ()))
+    return _Replayed.apply(x, p, seed)  # type: ignore[no-any-return]
 
 
 def forward(module: nn.Dropout, x: Tensor) -> Tensor:

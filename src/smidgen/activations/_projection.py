@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from smidgen import noise
@@ -44,6 +45,10 @@ class Projection:
         """
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = self.groups if per_group else 1
+        if without_storage(x):
+            rows = self.groups if self.groups * self.size > self.width else rows
+            self.v = x.new_empty(rows, self.size, dtype=kind)
+            return
         if init == "random":
             v = torch.zeros(rows, self.size, device=x.device)
             noise.accumulate_(v, [(at, 1.0)], "gaussian")
@@ -80,7 +85,8 @@ class Projection:
         assert self.v is not None
         compiled = None
         # On a CPU one vector for all groups is a plain matrix-vector product, at which torch is the faster.
-        if tokens.numel() >= _LARGE and tokens.is_contiguous() and (len(self.v) > 1 or tokens.device.type != "cpu"):
+        large = tokens.numel() >= _LARGE and tokens.is_contiguous() and not without_storage(tokens)
+        if large and (len(self.v) > 1 or tokens.device.type != "cpu"):
             compiled = _kernel(tokens.device.type, tokens.dtype)
         return self._twin(tokens) if compiled is None else compiled(tokens, self.v, self.groups)
 
@@ -102,6 +108,11 @@ class Projection:
         """[T, D] -> [T, G, M]; a copy only where padding is needed."""
         missing = self.groups * self.size - self.width
         return (F.pad(tokens, (0, missing)) if missing else tokens).unflatten(1, (self.groups, self.size))
+
+
+def without_storage(x: Tensor) -> bool:
+    """Whether a tensor has a shape and no values, as in the simulation of a step (`smidgen.simulate`)."""
+    return isinstance(x, FakeTensor)
 
 
 def address(seed: int, tensor: int) -> noise.Address:

@@ -26,7 +26,8 @@ MLPs of plain linear layers save nothing of gate(x) and up(x) either, and multip
 the step's multiplications.
 
 With other schemes: the inputs of LoRA's A, of both branches of Hydra and of SSF's scales; of sparse deltas (SpIEL), whose
-gradient is gathered from U (x) v (see `_deltas`). Scheme velora is the same training as an adapter over a frozen base.
+gradient is gathered from U (x) v (see `_deltas`). Scheme velora is the same training as an adapter over a frozen base: its
+adapters save projections by themselves, and `recompute` is what this policy adds.
 
 Cost: one pass over each input in the forward; saved by a layer's input: tokens x G x itemsize, see `VeLoRA.saved_bytes`.
 It does not: touch the output head, tied weights or layers other than nn.Linear; compress what attention saves (q, k, v, its
@@ -136,8 +137,8 @@ class VeLoRA:
         self._patched.append(module)
 
     def _multiplied_again(self, gate: nn.Module) -> bool:
-        plain = all(type(gate.get_submodule(part)) is nn.Linear for part in ("gate_proj", "up_proj"))
-        return self.config.recompute == "mlp" and plain
+        parts = (gate.get_submodule(part) for part in ("gate_proj", "up_proj"))
+        return self.config.recompute == "mlp" and all(map(_recompute.repeatable, parts))
 
     def remove(self) -> None:
         """Take the policy out of the model, with compressed gradients that are still held."""
@@ -179,10 +180,11 @@ class VeLoRA:
     def _gate(self, module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(module, x)
-        if not self._multiplied_again(module):
+        if not self._multiplied_again(module) or any(getattr(m, "awaits_vectors", False) for m in module.modules()):
             return _recompute.gated_again(module, x)
         for name, reader in () if self._vectors.chosen else self.chosen.items():
-            if name not in self.projections and any(reader is m for m in (module.gate_proj, module.up_proj)):
+            inside = (m for part in (module.gate_proj, module.up_proj) for m in part.modules())
+            if name not in self.projections and any(reader is m for m in inside):
                 self._vectors.of(name, x)  # now, while the mask is known: they run with gradient in the backward only
         return _recompute.gated_anew(module, x)
 
@@ -275,7 +277,7 @@ def _chosen(
         width = module.in_features if isinstance(module, nn.Linear) else entry.tensor.numel()
         if config.split(width)[1] > 1:
             found[_kind(*entry.sites[0])][entry.name] = module
-    if not any(found.values()):
+    if not any(found.values()) and not any(hasattr(m, "awaits_vectors") for m in model.modules()):
         told = ", ".join(e.name for e in of_kind[:3]) or "none"
         raise ConfigError(
             f"velora with layers = {config.layers!r} finds nothing to compress among the {len(view)} tuned tensors: it takes "

@@ -91,6 +91,11 @@ class SubTokens(Adapter):
         self.weight_name, self.width, self.along = f"{name}.weight", width, config.along
         self.vectors: list[Vectors] = []  # in a list: shared by all adapters, no part of one
 
+    @property
+    def awaits_vectors(self) -> bool:
+        """Whether the next forward with gradient chooses the vectors: such a forward cannot be made in parts."""
+        return self.weight_name not in self.vectors[0].projections
+
     def rows(self, projection: Projection) -> Projection:
         """What A multiplies, as a projection that layers with the same input share."""
         if self.along == "v":
@@ -106,7 +111,7 @@ class SubTokens(Adapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         A, gradient = self.A, torch.is_grad_enabled() and self.A.requires_grad
         forward_mode = any(forward_ad.unpack_dual(t).tangent is not None for t in (x, A))
-        if self.weight_name not in self.vectors[0].projections and not gradient and not forward_mode:
+        if self.awaits_vectors and not gradient and not forward_mode:
             moved = A.detach()
             if not bool(moved.any()) or not bool(moved.isfinite().all()):  # at the start; or a stand-in of a self-check
                 return y

@@ -48,6 +48,9 @@ class Optimizer(torch.optim.Optimizer):
 
     uses: ClassVar[frozenset[str]]
     lazy: ClassVar[bool] = False  # whether it may hold an offset between steps
+    compressed: ClassVar[bool] = (
+        False  # whether it works on compressed gradients as they are, so that its state has their shape
+    )
     linear: ClassVar[bool] = True  # whether an update is a sum of the directions that it probed
 
     def __init__(self, params: ParamView | Iterable[Any], config: Any):

@@ -17,7 +17,7 @@ It does not: refresh v (the identity needs it fixed), change what is saved in th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -46,6 +46,8 @@ class Config(GradientConfig):
 
 class VeLoRAAdamW(GradientOptimizer):
     """AdamW over any tensors, on the compressed gradients of those that have one."""
+
+    compressed: ClassVar[bool] = True
 
     def __init__(self, params: ParamView | Iterable[Any], config: Config | None = None, **options: Any):
         super().__init__(params, config or Config(**options))
