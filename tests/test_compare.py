@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smidgen import compare, isolated
+from smidgen import compared, isolated
 from smidgen.cli import app
 from smidgen.compare import Comparison
 from smidgen.config import ConfigError
@@ -90,12 +90,12 @@ HOLD = (
 def test_a_run_that_another_start_holds_is_left_to_it(tmp_path):
     made = comparison(tmp_path, search=None)
     run = next(made.stated())
-    path = str(compare._lock_file(tmp_path, run.name))
+    path = str(compared.lock_file(tmp_path, run.name))
     other = subprocess.Popen([sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with other:
         assert other.stdout.readline() == b"held\n"
         assert made._claimed(run)
-        compare.perform(run, tmp_path, 1, None)  # does nothing
+        compared.perform(run, tmp_path, 1, None)  # does nothing
         assert not (tmp_path / "records").exists()
         other.stdin.close()
     assert not made._claimed(run)
@@ -113,7 +113,7 @@ def test_a_cell_that_does_not_keep_to_the_memory_is_a_refusal_not_a_run(tmp_path
     made = comparison(tmp_path, search=None, budget={"forwards": 40, "memory": "1MB"})
     cell = made.cells[0]
     assert "even for one row at a time" in made.refusal(cell)
-    assert compare._refused(made.refusal(cell))["status"] == "refused"
+    assert compared.refused(made.refusal(cell))["status"] == "refused"
     roomy = comparison(tmp_path / "b", search=None, budget={"forwards": 40, "memory": "1GB"})
     assert roomy.refusal(cell) is None and roomy._batch(cell) == {}
 
@@ -125,7 +125,7 @@ def test_what_is_not_here_is_left_out_and_said(tmp_path):
 
 def test_the_line_of_a_run_names_only_what_is_not_default(tmp_path):
     run = comparison(tmp_path, search=None).finals(comparison(tmp_path).cells[0])[0]
-    words = compare.command(run).split()
+    words = compared.command(run).split()
     assert "task=reviews" in words and not any(w.startswith(("train.extra", "model=", "dtype=")) for w in words)
 
 

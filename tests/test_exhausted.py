@@ -50,6 +50,7 @@ def test_a_model_without_a_plan_is_let_through_with_a_line(tmp_path, monkeypatch
     assert "no plan" in said[0] and "--measure" in said[0]
 
 
+@pytest.mark.trainer
 def test_a_run_that_dies_of_memory_says_where_and_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     whole = run.finetune(config(tmp_path / "whole"), say=lambda line: None)
     step, calls = ZOSGD._step, []

@@ -15,7 +15,6 @@ import contextlib
 import json
 import statistics
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
@@ -25,21 +24,19 @@ from typing import Any
 import torch
 import yaml
 
-from smidgen import config_file as configuration
 from smidgen import data, estimate, isolated
 from smidgen import folder as folders
-from smidgen.config import ConfigError, Interrupted, RunConfig, UserError
-from smidgen.grid import UNTRAINED, Cell, Grid, Run, select
+from smidgen.compared import lock, lock_file, opening, pace, perform, write
+from smidgen.config import Interrupted, RunConfig, UserError
+from smidgen.grid import Cell, Grid, Run, select
 from smidgen.planner import Planner
-from smidgen.records import FOLDER, FORMAT, Record, of_run, spent
-from smidgen.run import device, environment, finetune
+from smidgen.records import FOLDER, Record
+from smidgen.run import device
 from smidgen.search import FILE as DATABASE
 from smidgen.search import Search, Values
 from smidgen.signals import Signals
 
 _PILOT = 12  # steps of a pilot; the first ones warm up, see `pace`
-_ENDED = {3: "memory", 4: "diverged"}  # exit codes that are outcomes of a run; any other of UserError: refused
-_SCRATCH, _LOCKS = "runs", "locks"
 
 Say = Callable[[str], None]
 
@@ -272,21 +269,21 @@ class Comparison:
                 return None
             signal = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
             often = " (often: the system ran out of memory)" if code == -9 else ""
-            record = _opening(run, self.threads) | {"status": "failed", "error": signal + often}
-            _write(self.folder, run, record)
+            record = opening(run, self.threads) | {"status": "failed", "error": signal + often}
+            write(self.folder, run, record)
         self.records[run.name] = record
         return record
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        with _lock_file(self.folder, name).open("w") as file:
-            _lock(file, wait=True)
+        with lock_file(self.folder, name).open("w") as file:
+            lock(file, wait=True)
             yield
 
     def _claimed(self, run: Run) -> bool:
         """Whether another start is making a run."""
-        with _lock_file(self.folder, run.name).open("w") as file:
-            return not _lock(file, wait=False)
+        with lock_file(self.folder, run.name).open("w") as file:
+            return not lock(file, wait=False)
 
     def results(self) -> list[Record]:
         """The records that belong to the grid as it is, by name."""
@@ -354,137 +351,5 @@ class Comparison:
         return f"{run.name}: dev {shown}{rate}  {seconds:.1f} s{ahead}"
 
 
-def pace(record: Record) -> float:
-    """Seconds a step of a run (`spent`)."""
-    return max(1e-6, spent(record) / max(1, record["steps"]))
-
-
 def _sources(given: Any) -> list[Any]:
     return [] if given is None else [given] if isinstance(given, str) else list(given)
-
-
-# ---------------------------------------------------------------------------------------------------- one run
-
-
-def perform(run: Run, folder: Path, threads: int, refusal: str | None) -> None:
-    """Make a run and write its record; the whole life of a process. Nothing is done where another start holds the run."""
-    with _lock_file(folder, run.name).open("w") as file:
-        if not _lock(file, wait=False):
-            return
-        path = folder / FOLDER / f"{run.name}.json"
-        if path.exists() and json.loads(path.read_text()).get("settings_sha256") == run.sha256:
-            with contextlib.suppress(KeyError):
-                if json.loads(path.read_text())["status"] not in ("failed", "memory"):
-                    return
-        began = time.monotonic()
-        try:
-            record = _opening(run, threads) | (_made(run, folder, threads) if refusal is None else _refused(refusal))
-        except Interrupted:
-            return  # not an outcome: the next start makes the run again
-        _write(folder, run, record | {"wall_seconds": time.monotonic() - began})
-
-
-def _opening(run: Run, threads: int) -> Record:
-    c = run.cell
-    found: Record = {
-        "format": FORMAT,
-        "name": run.name,
-        "model": c.model,
-        "task": c.task,
-        "scheme": c.scheme,
-        "method": c.method,
-    }
-    found |= {"role": run.role, "number": run.number, "settings_sha256": run.sha256, "budget": dict(run.budget)}
-    found |= {"seed": run.config.seed, "threads": threads, "lr": run.config.train.learning_rate}
-    return found | {"command": command(run), "config": json.loads(run.config.model_dump_json())}
-
-
-def command(run: Run) -> str:
-    """The line that makes a run again by itself."""
-    plain = type(run.config)()
-    mine, default = (json.loads(c.model_dump_json()) for c in (run.config, plain))
-    words = []
-    for key, value in mine.items():
-        if key == "train":
-            extra = value.pop("extra")
-            flat = {**value, **extra}
-            words += [f"train.{k}={_word(v)}" for k, v in flat.items() if v != default["train"].get(k)]
-        elif value != default[key]:
-            words.append(f"{key}={_word(value)}")
-    return "smidgen train " + " ".join(words)
-
-
-def _word(value: Any) -> str:
-    import shlex
-
-    return shlex.quote(value if isinstance(value, str) else json.dumps(value))
-
-
-def _refused(reason: str) -> Record:
-    return {"status": "refused", "error": reason}
-
-
-def _made(run: Run, folder: Path, threads: int) -> Record:
-    output = folder / _SCRATCH / run.name
-    config = configuration.with_values(run.config, {"output": str(output), "threads": threads, "force": True})
-    try:
-        result = finetune(config, test=run.tested, say=lambda line: None)
-    except Interrupted:
-        raise
-    except UserError as error:
-        return {"status": _ENDED.get(error.exit_code, "refused"), "error": str(error).replace(str(output), "OUTPUT")}
-    except Exception as error:
-        where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[:-6:-1])
-        return {"status": "failed", "error": f"{type(error).__name__}: {error} ({where})"}
-    try:
-        lines = folders.metrics(output)
-        resolved = configuration.load(output / folders.RESOLVED, notify=lambda line: None)
-    finally:
-        _remove(output)
-    found = of_run(resolved, result, lines)
-    found.pop("config")
-    searched = {"lr": found["lr"]}
-    searched |= {f"method_args.{k}": v for k, v in run.config.method_args.items()}
-    return found | {"values": searched, "device": environment()["device"], "planned": _planned(run, resolved)}
-
-
-def _planned(run: Run, resolved: RunConfig) -> Mapping[str, int] | None:
-    """The plan of a run, by term: made after it, so that it is in nobody's peak. None where there is none."""
-    if run.cell.method == UNTRAINED:
-        return None
-    try:
-        shape = estimate.shape_of(resolved, data.open_corpus(resolved, notify=lambda line: None))
-        return estimate.as_terms(estimate.planned(resolved, shape, device()))
-    except ConfigError:
-        return None
-
-
-def _remove(output: Path) -> None:
-    import shutil
-
-    shutil.rmtree(output, ignore_errors=True)
-
-
-def _write(folder: Path, run: Run, record: Record) -> None:
-    path = folder / FOLDER / f"{run.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folders.write_text(path, json.dumps(record, indent=1, default=str) + "\n")
-
-
-def _lock_file(folder: Path, name: str) -> Path:
-    path = folder / _LOCKS / name.replace("/", " ")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _lock(file: Any, *, wait: bool) -> bool:
-    """Take the lock of an open file; it ends with the process. Windows has no such lock: one start at a time there."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True

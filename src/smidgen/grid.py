@@ -32,15 +32,15 @@ import hashlib
 import itertools
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from smidgen import adapt, advice, optim, tasks
 from smidgen import config_file as configuration
-from smidgen.config import ConfigError, RunConfig, nearest
+from smidgen import optim, tasks
+from smidgen.config import ConfigError, RunConfig
+from smidgen.grid_checks import _FIELD, budget, flattened, is_checkpointed, known, load, search, section, seeds, unknown
 from smidgen.settings import activations_config, scheme_config
 from smidgen.trainer import method_config
 
@@ -53,10 +53,6 @@ Role = Literal["untrained", "pilot", "trial", "seed"]
 _AXES = ("models", "tasks", "schemes", "methods")
 _KEYS = {"title", *_AXES, "common", "seeds", "budget", "search", "points"}
 _OWN = {"lr", "search", "rates_of", "models", "tasks", "schemes", "seeds", "batch"}
-_FIELD = {"models": "model", "tasks": "task", "schemes": "scheme", "methods": "method"}
-_BUDGET = {"forwards", "seconds", "memory"}
-_SEARCH = {"trials": 5, "share": 1 / 3, "spacing": 4.0, "seed": 0, "sampler": "walk"}
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]*")
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class Grid:
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Grid:
         """A grid from its content, its defaults filled in and the checkpointed contestant added."""
-        _known("the grid", raw, _KEYS)
+        known("the grid", raw, _KEYS)
         found = dict(raw)
         for axis in _AXES:
             given = raw.get(axis, {"full": {}} if axis == "schemes" else {"embedded": {}} if axis == "models" else {})
@@ -133,13 +129,13 @@ class Grid:
                 given = {str(label): {} for label in given}
             if not isinstance(given, dict) or not given:
                 raise ConfigError(f"the grid has zero cells: {axis} is empty; name at least one")
-            found[axis] = {label: _entry(axis, label, entry) for label, entry in given.items()}
-        found["seeds"] = _seeds(raw.get("seeds", [0, 1, 2]))
-        found["budget"] = _budget(raw.get("budget"))
-        found["search"] = _search(raw.get("search"))
+            found[axis] = {label: section(axis, label, entry) for label, entry in given.items()}
+        found["seeds"] = seeds(raw.get("seeds", [0, 1, 2]))
+        found["budget"] = budget(raw.get("budget"))
+        found["search"] = search(raw.get("search"))
         found["points"] = raw.get("points", POINTS)
         methods = found["methods"]
-        if not any(_is_checkpointed(label, entry) for label, entry in methods.items()):
+        if not any(is_checkpointed(label, entry) for label, entry in methods.items()):
             added = {"method": "adamw", "train": {"gradient_checkpointing": True}}
             own = methods.get("adamw")
             twin = {**own, "rates_of": "adamw"} if own is not None and own.get("method", "adamw") == "adamw" else {}
@@ -154,10 +150,10 @@ class Grid:
                 for other in _AXES[:3]:
                     for name in entry.get(other, ()):
                         if name not in self.raw[other]:
-                            raise ConfigError(_unknown(f"{axis}.{label}.{other}", name, self.raw[other]))
+                            raise ConfigError(unknown(f"{axis}.{label}.{other}", name, self.raw[other]))
                 twin = entry.get("rates_of")
                 if twin is not None and twin not in self.raw["methods"]:
-                    raise ConfigError(_unknown(f"{axis}.{label}.rates_of", twin, self.raw["methods"]))
+                    raise ConfigError(unknown(f"{axis}.{label}.rates_of", twin, self.raw["methods"]))
         if not self.cells():
             raise ConfigError("the grid has zero cells: its restrictions (models, tasks, schemes of an entry) leave none")
         for cell in self.cells():
@@ -170,7 +166,7 @@ class Grid:
         known = {label for axis in _AXES for label in self.raw[axis]}
         for name in only:
             if name not in known:
-                raise ConfigError(_unknown("--only", name, known))
+                raise ConfigError(unknown("--only", name, known))
         found = []
         for labels in itertools.product(*(self.raw[axis] for axis in _AXES)):
             by_axis = dict(zip(_AXES, labels, strict=True))
@@ -205,10 +201,10 @@ class Grid:
     def _config(self, cell: Cell, values: Mapping[str, Any] | None) -> RunConfig:
         merged: dict[str, Any] = {}
         for place, entry in self.entries(cell):
-            flat = _flat({k: v for k, v in entry.items() if k not in _OWN}, place)
+            flat = flattened({k: v for k, v in entry.items() if k not in _OWN}, place)
             if "batch" in entry:
                 flat["train.per_device_train_batch_size"] = entry["batch"]
-            _load(flat, place)
+            load(flat, place)
             merged |= flat
         for key in ("train.learning_rate", "method_args.lr"):
             if key in merged:
@@ -216,10 +212,10 @@ class Grid:
         if merged.get("train.max_steps") not in (None, 0) or "train.num_train_epochs" in merged:
             raise ConfigError(f"{cell}: steps follow from the budget: leave train.max_steps and train.num_train_epochs out")
         if merged.get("task") is not None and merged["task"] not in tasks.names():
-            raise ConfigError(_unknown(f"tasks.{cell.task}", str(merged["task"]), tasks.names()))
+            raise ConfigError(unknown(f"tasks.{cell.task}", str(merged["task"]), tasks.names()))
         batch = merged.get("train.per_device_train_batch_size", RunConfig().train.per_device_train_batch_size)
         merged.setdefault("train.per_device_eval_batch_size", batch)  # evaluation must not decide the peak memory
-        config = _load(merged | dict(values or {}), str(cell))
+        config = load(merged | dict(values or {}), str(cell))
         scheme_config(config)
         activations_config(config)
         method_config(config.method, None, {k: v for k, v in config.method_args.items() if k != "lr"})
@@ -317,102 +313,3 @@ def loss_of(trial: Mapping[str, Any]) -> float:
     loss = trial["dev"].get("loss")
     loss = -trial["dev"][trial["metric"]] if loss is None else loss
     return loss if math.isfinite(loss) else math.inf
-
-
-# ---------------------------------------------------------------------------------------------------- checks
-
-
-def _entry(axis: str, label: str, entry: Any) -> dict[str, Any]:
-    entry = {} if entry is None else entry
-    if not _LABEL.fullmatch(label):
-        raise ConfigError(f"{axis}: {label!r} is no label: letters, digits, '_', '+', '.' and '-'")
-    if not isinstance(entry, dict):
-        raise ConfigError(f"{axis}.{label} = {entry!r}: expected a section of 'key: value' lines")
-    entry = dict(entry)
-    known = {"schemes": adapt.names(), "methods": optim.names()}.get(axis)
-    name = entry.get(_FIELD[axis], label)
-    if known is not None and name not in known:
-        raise ConfigError(_unknown(f"{axis}.{label}", name, known))
-    return entry
-
-
-def _known(place: str, given: Mapping[str, Any], keys: Iterable[str]) -> None:
-    for key in given:
-        if key not in keys:
-            raise ConfigError(_unknown(place, key, keys))
-
-
-def _unknown(place: str, name: str, known: Iterable[str]) -> str:
-    close = nearest(name, known)
-    return f"{place}: there is no '{name}'; " + (f"did you mean '{close}'?" if close else f"known: {', '.join(sorted(known))}")
-
-
-def _flat(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Sections as dotted keys, so that a later entry replaces single keys of a section."""
-    found: dict[str, Any] = {}
-    for key, value in entry.items():
-        if key in ("seed", "output", "resume", "force"):
-            raise ConfigError(f"{place}.{key} is set by the comparison: leave it out")
-        if key in ("train", "method_args", "scheme_args", "task_args") and isinstance(value, dict):
-            found |= {f"{key}.{name}": v for name, v in value.items()}
-        else:
-            found[key] = value
-    return found
-
-
-def _load(values: Mapping[str, Any], place: str) -> RunConfig:
-    try:
-        return configuration.load(None, (), values, notify=lambda line: None)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {str(error).replace('--', '')}") from None
-
-
-def _seeds(given: Any) -> list[int]:
-    if not isinstance(given, list) or not given or not all(isinstance(s, int) and s >= 0 for s in given):
-        raise ConfigError(f"seeds = {given!r}: give a list of whole numbers, such as [0, 1, 2]")
-    if len(set(given)) < len(given):
-        raise ConfigError(f"seeds = {given!r}: a seed stands twice")
-    return given
-
-
-def _budget(given: Any) -> dict[str, Any]:
-    how = "give budget: {forwards: N} or {seconds: S}, either with memory: 500MB"
-    if not isinstance(given, dict) or not given:
-        raise ConfigError(f"budget = {given!r}: {how}")
-    _known("budget", given, _BUDGET)
-    if {"forwards", "seconds"} <= given.keys():
-        raise ConfigError(f"budget has both forwards and seconds, and a run cannot keep to two: {how}")
-    if not {"forwards", "seconds"} & given.keys():
-        raise ConfigError(f"budget has only memory, which does not say how long a run takes: {how}")
-    found = dict(given)
-    for key in ("forwards", "seconds"):
-        if key in given and (isinstance(given[key], bool) or not isinstance(given[key], int | float) or given[key] <= 0):
-            raise ConfigError(f"budget.{key} = {given[key]!r}: give a number above 0")
-    if "memory" in given:
-        found["memory"] = advice.memory_of(str(given["memory"]))
-    return found
-
-
-def _search(given: Any) -> dict[str, Any] | None:
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        raise ConfigError(f"search = {given!r}: give a section such as {{trials: 5}}")
-    _known("search", given, _SEARCH)
-    found = {**_SEARCH, **given}
-    if not isinstance(found["trials"], int) or found["trials"] < 1:
-        raise ConfigError(f"search.trials = {found['trials']!r}: give a whole number above 0")
-    if not 0 < found["share"] <= 1:
-        raise ConfigError(
-            f"search.share = {found['share']!r}: the part of the budget that a trial spends, above 0 and at most 1"
-        )
-    if not found["spacing"] > 1:
-        raise ConfigError(f"search.spacing = {found['spacing']!r}: the ratio of neighbouring rates, above 1")
-    if found["sampler"] not in ("walk", "tpe"):
-        raise ConfigError(f"search.sampler = {found['sampler']!r}: one of walk, tpe")
-    return found
-
-
-def _is_checkpointed(label: str, entry: Mapping[str, Any]) -> bool:
-    recomputes = dict(entry.get("train") or {}).get("gradient_checkpointing")
-    return bool(recomputes) and "backward" in optim.get(entry.get("method", label)).build.uses
