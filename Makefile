@@ -77,6 +77,7 @@ check: $(READY)
 	$(PY) scripts/spiel_tables.py --check
 	$(PY) scripts/speed_tables.py --check
 	$(PY) scripts/velora_quality_tables.py --check
+	$(PY) scripts/transfer_tables.py --check
 
 # A goal missed is a figure in the record, never an error; a script that breaks is one, after all others have run.
 bench: $(READY)
@@ -105,6 +106,7 @@ docs: $(READY)
 	$(PY) scripts/spiel_tables.py
 	$(PY) scripts/speed_tables.py
 	$(PY) scripts/velora_quality_tables.py
+	$(PY) scripts/transfer_tables.py
 
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

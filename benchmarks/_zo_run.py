@@ -121,6 +121,7 @@ def measure(run: Run, shared: Path, data: Path, threads: int) -> dict[str, Any]:
     from smidgen import models
     from smidgen import run as runs
     from smidgen.config import Interrupted, UserError
+    from smidgen.folder import metrics
     from smidgen.trainer import method_config
 
     s = run.settings
@@ -142,13 +143,16 @@ def measure(run: Run, shared: Path, data: Path, threads: int) -> dict[str, Any]:
         except UserError as error:
             status = "diverged" if error.exit_code == 4 else "refused"
             return record | {"status": status, "reason": str(error).replace(str(folder), "OUTPUT")}
+        looks = [(line["step"], line["eval_loss"]) for line in metrics(Path(folder) / "run") if "eval_loss" in line]
+    if looks:  # evaluations on the way
+        record["curve"] = looks
     counts = ("bad_steps", "forwards", "backwards", "tokens", "seconds", "cpu_seconds", "peak_bytes")
     kept = (*counts, "tuned_weights", "weights", "kind")
     record |= {key: result[key] for key in ("status", "before", "dev", "weights_sha256", "versions", *kept)}
     if s["test"]:
         record["test"] = result["test"]
     record["steps_made"] = result["steps"]
-    record["weights_bytes"] = models.weights_bytes(config.model)
+    record["weights_bytes"] = models.weights_bytes(config.model, own_tokenizer=config.tokenizer)
     record["state_bytes"] = state_bytes(config, result["classes"], options)
     return record
 

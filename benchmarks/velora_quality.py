@@ -34,7 +34,9 @@ def prepare(threads: int) -> None:
     one.prepare(threads)
 
 
-def against(grid: Grid, records: Mapping[str, Record], figures: dict[str, float]) -> dict[str, tuple[str, float]]:
+def against(
+    grid: Grid, records: Mapping[str, Record], figures: dict[str, float], pairs: Mapping[str, str] = PAIRS
+) -> dict[str, tuple[str, float]]:
     """Add by how much each pair's first is better, in standard errors over seeds as well, and its memory and time over the
     second's; the goal is not to be two errors worse."""
     goals: dict[str, tuple[str, float]] = {}
@@ -43,12 +45,12 @@ def against(grid: Grid, records: Mapping[str, Record], figures: dict[str, float]
         for r in records.values():
             if r["place"] == place and r["role"] == "seed" and r["status"] == "done":
                 cells.setdefault(r["method"], []).append(r)
-        for first, second in PAIRS.items():
+        for first, second in pairs.items():
             ours, theirs = (cells.get(method, []) for method in (first, second))
             if min(len(ours), len(theirs)) < 2:
                 continue
             a, b = ([r["test"][p["metric"]] for r in side] for side in (ours, theirs))
-            better = (statistics.fmean(a) - statistics.fmean(b)) * (-1 if p["metric"] == "loss" else 1)
+            better = (statistics.fmean(a) - statistics.fmean(b)) * (-1 if p["metric"] in ("loss", "perplexity") else 1)
             error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
             name = f"{place}_{first}_over_{second}"
             figures[name] = better

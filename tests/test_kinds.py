@@ -24,6 +24,8 @@ from smidgen.kinds import detect_kind, head_of
         ("BartForSequenceClassification", tf.BartConfig, True, "classification"),
         ("BartForConditionalGeneration", tf.BartConfig, True, "seq2seq"),
         ("T5ForConditionalGeneration", tf.T5Config, False, "seq2seq"),
+        ("ViTForImageClassification", tf.ViTConfig, True, "image"),
+        ("ViTModel", tf.ViTConfig, True, "image"),
     ],
 )
 def test_kind_from_architecture(architecture, config, labelled, kind):
@@ -41,11 +43,12 @@ def test_an_encoder_without_a_head_needs_labels():
         (tf.LlamaConfig(), ("causal", "classification")),
         (tf.BertConfig(), ("causal", "masked", "classification")),
         (tf.T5Config(), ("classification", "seq2seq")),
-        (tf.ViTConfig(), ()),
+        (tf.ViTConfig(), ("image",)),
+        (tf.Wav2Vec2Config(), ()),
     ],
 )
 def test_heads_of_architectures(config, kinds):
-    for kind in ("causal", "masked", "classification", "seq2seq"):
+    for kind in ("causal", "masked", "classification", "seq2seq", "image"):
         if kind in kinds:
             assert head_of("x", config, kind).__name__.startswith("AutoModelFor")
             continue
@@ -58,5 +61,5 @@ def test_heads_of_architectures(config, kinds):
 def test_code_of_the_model_brings_heads_if_it_may_run():
     config = tf.ViTConfig(auto_map={"AutoModelForCausalLM": "mine.Mine"})
     assert head_of("x", config, "causal", trust_remote_code=True) is tf.AutoModelForCausalLM
-    with pytest.raises(ConfigError, match="no language model"):
+    with pytest.raises(ConfigError, match="it can be image"):
         head_of("x", config, "causal")

@@ -7,6 +7,7 @@ from typing import Any
 
 from smidgen import adapt
 from smidgen import folder as folders
+from smidgen.blank import is_blank
 from smidgen.config import RunConfig
 from smidgen.intervals import interval
 
@@ -15,6 +16,7 @@ _AUTO = {
     "masked": "ModelForMaskedLM",
     "classification": "ModelForSequenceClassification",
     "seq2seq": "ModelForSeq2SeqLM",
+    "image": "ModelForImageClassification",
 }
 
 
@@ -30,7 +32,7 @@ def _loading(config: RunConfig, kind: str, output: str) -> tuple[str, str]:
         lines = [f"from transformers import {plain}", "", f'model = {plain}.from_pretrained("{folder}")']
         return "transformers", first + "\n".join(["```python", *lines, "```"])
     lines = [f"from peft import {adapter}", "", f'model = {adapter}.from_pretrained("{output}")']
-    if kind == "masked":  # PEFT has no Auto class of it
+    if kind in ("masked", "image"):  # PEFT has no Auto class of it
         lines = ["from peft import PeftModel", f"from transformers import {plain}", ""]
         lines += [f'base = {plain}.from_pretrained("{config.model}")', f'model = PeftModel.from_pretrained(base, "{output}")']
     return "peft", "\n".join(["```python", *lines, "```"])
@@ -39,10 +41,11 @@ def _loading(config: RunConfig, kind: str, output: str) -> tuple[str, str]:
 def model_card(config: RunConfig, result: dict[str, Any]) -> str:
     """README.md of the run: what it is, base, data, method, figures with their spread, memory, how to load and to repeat it."""
     library, code = _loading(config, result["kind"], result["output"])
-    base = "smidgen's embedded model" if config.model == "embedded" else config.model
+    base = "smidgen's embedded model" if config.model == "embedded" else config.model.removeprefix("config:")
     held, train = f", held in {config.quantise}" if config.quantise else "", config.train
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    how = f"tuned by {config.method} ({config.scheme})" if result["steps"] else f"fitted ({config.scheme})"
+    start = "trained from random weights" if is_blank(config.model) else "tuned"
+    how = f"{start} by {config.method} ({config.scheme})" if result["steps"] else f"fitted ({config.scheme})"
     return f"""---
 {_front(config, library)}---
 
@@ -67,7 +70,8 @@ Repeat it with `smidgen train {folders.RESOLVED} output=NEW_FOLDER`.
 
 def _front(config: RunConfig, library: str) -> str:
     """The front matter that the hub reads."""
-    hub = "" if Path(config.model).is_dir() or config.model == "embedded" else config.model
+    local = Path(config.model).is_dir() or config.model == "embedded" or is_blank(config.model)
+    hub = "" if local else config.model
     tags = ["smidgen", config.method, config.scheme, *([f"base_model:adapter:{hub}"] if hub and library == "peft" else [])]
     named = isinstance(config.data, str) and not Path(config.data).exists() and config.data.count("/") == 1
     lines = [f"base_model: {hub}"] * bool(hub) + [f"library_name: {library}", f"tags: [{', '.join(tags)}]"]

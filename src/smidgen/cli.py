@@ -11,6 +11,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from smidgen import __version__
+from smidgen.blank import HELP as BLANK_HELP
+from smidgen.blank import chosen_name
 from smidgen.compare_command import compare, report
 from smidgen.config import ConfigError, UserError, options
 from smidgen.config_file import load
@@ -85,6 +87,8 @@ def train(
     dev_rows: _number("dev_rows") = None,  # type: ignore[valid-type]
     kind: _text("kind") = None,  # type: ignore[valid-type]
     dtype: _text("dtype") = None,  # type: ignore[valid-type]
+    from_config: Annotated[Optional[str], typer.Option(help=BLANK_HELP, show_default=False)] = None,  # noqa: UP045
+    tokenizer: _text("tokenizer") = None,  # type: ignore[valid-type]
     quantise: _text("quantise") = None,  # type: ignore[valid-type]
     seed: _number("seed") = None,  # type: ignore[valid-type]
     threads: _number("threads") = None,  # type: ignore[valid-type]
@@ -108,6 +112,7 @@ def train(
         given.pop(name)
     for name in ("resume", "force", "trust_remote_code"):
         given[name] = given[name] or None
+    given["model"] = chosen_name(model, given.pop("from_config"))
     config = load(path, overrides, given)
     from smidgen.progress import summary
     from smidgen.run import finetune

@@ -166,21 +166,25 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field("embedded", description="hub name, folder, or 'embedded' for the model that ships with smidgen")
+    model: str = Field(
+        "embedded",
+        description="hub name, folder, 'embedded' for the model that ships, config:NAME (--from-config) for random weights",
+    )
+    tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer; none: the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the weights; auto: float32 on a CPU, the checkpoint's elsewhere"
     )
     quantise: Literal["nf4", "int8"] | None = Field(
         None, description="hold the linear layers in 4 or 8 bits, never written; scheme full then saves a LoRA adapter"
     )
-    kind: Literal["auto", "causal", "masked", "classification", "seq2seq"] = Field(
+    kind: Literal["auto", "causal", "masked", "classification", "seq2seq", "image"] = Field(
         "auto", description="what the model predicts; auto: from its architecture and the data"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
     task: str | None = Field(None, description="a task's name (see `smidgen tasks`)")
     data: str | list[str | Source] | None = Field(
-        None, description="file (.jsonl .json .csv .tsv .parquet .txt), folder, hub id, or a weighted list of these"
+        None, description="file (.jsonl .json .csv .tsv .parquet .txt .npz), folder, hub id, or a weighted list of these"
     )
     eval_data: str | list[str | Source] | None = Field(
         None, description="rows to evaluate on; none: 10 % of the rows, at most 500, held out by row hash"
@@ -194,9 +198,12 @@ class RunConfig(BaseModel):
         "none",
         description="form of conversation for prompts: the model's, Vicuna's or Tulu's; rows of turns always have one",
     )
-    packing: bool = Field(
-        False, description="put several training rows into one of max_length tokens; they do not see each other"
+    packing: bool | Literal["stream"] = Field(
+        False,
+        description="put several training rows into one of max_length tokens; they do not see each other. stream: text, one "
+        "document after another, cut into rows of max_length",
     )
+    streaming: bool = Field(False, description="read text while the run goes, not at its start; with packing=stream")
     benchmark_split: bool = Field(
         False, description="the task's published numbers of rows: dev drawn from training rows by seed, validation is the test"
     )

@@ -31,12 +31,14 @@ FLAGS: Mapping[str, str] = {  # short flag -> key; every other flag is its key
     "eps": "method_args.eps",
 }
 
-_SECTIONS = ("train", "task_args", "method_args", "scheme_args")
+_SECTIONS = ("train", "task_args", "method_args", "scheme_args", "activations_args")
 
 _ALIASES: Mapping[str, str] = {  # spellings of other tools -> key
     "model_name_or_path": "model",
     "model_name": "model",
     "base_model": "model",
+    "tokenizer_name_or_path": "tokenizer",
+    "tokenizer_name": "tokenizer",
     "dataset_name": "data",
     "dataset": "data",
     "output_dir": "output",

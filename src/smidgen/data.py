@@ -1,7 +1,7 @@
 """Data: what a run reads. A task, or rows that are recognised by their columns, become examples.
 
-Labelled rows (columns text and label, or a template) are a task's; rows of every other accepted column set have
-free-text answers. Does not do: images, tool schemas.
+Labelled rows (columns text and label, or a template; columns image and label) are a task's; rows of every other accepted
+column set have free-text answers. Does not do: tool schemas.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from smidgen.chat import Chat, as_turn
 from smidgen.config import ConfigError, DataError, RunConfig, Source, nearest, notice
 from smidgen.rows import canonical_split
 from smidgen.splits import Splits, take
+from smidgen.streaming import Streaming
 from smidgen.tasks import Example, Pair, Row, Task
 from smidgen.tasks._conversation import continued, text_of, turns_of
+from smidgen.tasks._example import column
 
 __all__ = ["Corpus", "open_corpus", "to_examples"]
 
 _ACCEPTED = (
-    "messages | conversations | prompt+completion | prompt+chosen+rejected | instruction(+input)+output | text+label | text"
+    "messages | conversations | prompt+completion | prompt+chosen+rejected | instruction(+input)+output | text+label | "
+    "image+label | text"
 )
 
 
@@ -47,11 +50,17 @@ class Corpus:
     limits: Mapping[str, int | None] = field(default_factory=dict)
     notify: Callable[[str], None] = notice
     chat: str = "none"
+    streaming: Streaming | None = None
 
     @property
     def words(self) -> tuple[str, ...] | None:
         """Label words in class order; None where answers are free text, or each row has options of its own."""
         return self.task.words if self.task is not None else None
+
+    @property
+    def pictures(self) -> bool:
+        """Whether its rows are pictures."""
+        return getattr(self.task, "pictures", False)
 
     @property
     def beta(self) -> float | None:
@@ -83,18 +92,39 @@ class Corpus:
         found = take(found, self.limits.get(split), _content)
         if self.chat == "none" or (self.task is not None and not self.task.judged):  # conversations carry no form
             return found
-        if kind in ("masked", "classification"):
+        if kind in ("masked", "classification", "image"):
             raise ConfigError(f"chat {self.chat}: a {kind} model has no conversations: leave `chat` out")
         plain = [example for example in found if isinstance(example, Example)]
         if len(plain) < len(found):
             raise ConfigError(f"chat {self.chat}: the rows of {self.name} are conversations already: leave `chat` out")
         return list(as_turn(plain, self.chat, tokenizer))
 
+    def texts(self, split: str) -> list[str]:
+        """The text of the rows of a split, for a text stream. Raises DataError for rows without text, ConfigError for tasks."""
+        if self.task is not None:
+            raise ConfigError(
+                f"packing = stream takes rows of text, and '{self.name}' is a task with labels: leave packing out"
+            )
+        rows = self.rows(split)
+        return [column(row, "text") for row in take(rows, self.limits.get(canonical_split(split)))]
+
+    def training_texts(self) -> list[str] | Callable[[int], Iterator[str]]:
+        """The texts of training rows; where they are streamed, a function of the pass that gives them."""
+        return self.texts("train") if self.streaming is None else self.stream
+
+    def stream(self, epoch: int) -> Iterator[str]:
+        """The text of training rows, read as it is asked for. Raises DataError for rows without text."""
+        assert self.streaming is not None
+        for row in self.streaming.rows("train", self.limits["train"], epoch):
+            yield column(row, "text")
+
 
 def _content(example: Example | Chat | Pair) -> Any:
     if isinstance(example, Pair):
         return [list(example.chosen.messages), list(example.rejected.messages)]
-    return list(example.messages) if isinstance(example, Chat) else [example.prompt, example.answer]
+    if isinstance(example, Chat):
+        return list(example.messages)
+    return [example.prompt, example.answer, *([] if example.image is None else [str(example.image)])]
 
 
 def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) -> Corpus:
@@ -114,12 +144,16 @@ def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) ->
         chosen[key] = value
     sources: Sequence[str | Source] = [data] if isinstance(data, str) else data or []
     limits = {"train": config.train_rows, "validation": config.dev_rows, "test": config.test_rows}
+    if config.streaming:
+        return _streamed(config, sources, limits, notify)
     splits = Splits(sources, config.eval_data, config.seed, notify)
     title = ", ".join(source.path if isinstance(source, Source) else source for source in sources)
     if name is None:
         columns = _columns(splits.rows("train"))
         if "label" in columns and ("text" in columns or "template" in chosen):
             name = "labelled"
+        elif {"image", "label"} <= set(columns):
+            name = "images"
         elif chosen:
             raise ConfigError(
                 f"`{next(iter(chosen))}` is for labelled rows, and '{title}' has the columns {', '.join(columns)}: "
@@ -142,7 +176,28 @@ def open_corpus(config: RunConfig, *, notify: Callable[[str], None] = notice) ->
         splits = replace(splits, shots=_shots(task, config), sizes=(None, None, tested), _read={})
     task.read = lambda source, split: splits.rows(split)
     has = functools.partial(_has, splits, name, notify)
-    return Corpus(name if name != "labelled" else title, task, splits.rows, has, limits, notify, config.chat)
+    return Corpus(title if name in ("labelled", "images") else name, task, splits.rows, has, limits, notify, config.chat)
+
+
+def _streamed(
+    config: RunConfig, sources: Sequence[str | Source], limits: Mapping[str, int | None], notify: Callable[[str], None]
+) -> Corpus:
+    """A corpus of text whose training rows are read as the run goes; those for evaluation are read whole."""
+    if config.packing != "stream" or config.task is not None:
+        raise ConfigError(
+            "streaming is for text without a task, cut into rows of one length: set packing=stream, or leave it out"
+        )
+    if len(sources) != 1 or not isinstance(sources[0], str):
+        raise ConfigError("streaming reads one source: give `data` as one file, folder or hub id, or leave streaming out")
+    source = Streaming(sources[0], config.seed)
+    held = Splits([], config.eval_data, config.seed, notify) if config.eval_data is not None else None
+
+    def rows(split: str) -> list[Row]:
+        if held is not None and canonical_split(split) == "validation":
+            return held.rows("validation")
+        return list(source.rows(split, limits.get(canonical_split(split))))
+
+    return Corpus(sources[0], None, rows, source.has, limits, notify, streaming=source)
 
 
 def _has(splits: Splits, name: str, notify: Callable[[str], None], split: str) -> bool:

@@ -6,6 +6,7 @@ is one token, one forward scores them all, and elsewhere the prompt of an exampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +21,24 @@ from smidgen.encode import Encoded, encode
 from smidgen.generation import Answerer, answer_all
 from smidgen.loss import group_nll
 from smidgen.pairs import PairEvaluation, Pairs
+from smidgen.pixels import PixelCollator, Pixels
 from smidgen.probing import Batch, Engine
 from smidgen.questions import MAX_NEW_TOKENS, Candidates, Prompts
 from smidgen.scoring import OptionScorer, best_of_groups, in_batches, on_device
+from smidgen.stream import TextRows
 from smidgen.tasks._answers import measures
 from smidgen.tasks._example import Example
 
 Metric = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 
-HEADLINES = ("reward", "accuracy", "f1", "exact_match", "loss")  # the first that an evaluation has is the measure of a run
+HEADLINES = (
+    "reward",
+    "accuracy",
+    "f1",
+    "exact_match",
+    "perplexity",
+    "loss",
+)  # the first that an evaluation has is the measure of a run
 
 
 @dataclass
@@ -54,8 +64,8 @@ class Evaluation:
     is measured.
     """
 
-    rows: Encoded
-    collator: Collator
+    rows: Encoded | Pixels | TextRows
+    collator: Any
     batch_size: int
     golds: list[int] | None = None
     rights: list[frozenset[int]] | None = None
@@ -79,7 +89,8 @@ class Evaluation:
 
     def _measures(self, engine: Engine, probe: Probe) -> dict[str, float]:
         if self.golds is None:
-            return {"loss": self._loss(engine, probe)}
+            loss = self._loss(engine, probe)
+            return {"loss": loss} if not isinstance(self.rows, TextRows) else {"loss": loss, "perplexity": _exp(loss)}
         assert self.metric is not None and self.rights is not None
         predictions, loss = self._chosen(engine, probe)
         forgiven = [
@@ -133,6 +144,11 @@ class Evaluation:
         return [candidates.options.option[k] for k in best], loss
 
 
+def _exp(loss: float) -> float:
+    """The perplexity of a loss; infinite where it is beyond all numbers."""
+    return math.exp(loss) if not loss > 700 else math.inf
+
+
 def evaluation(
     corpus: Corpus,
     split: str,
@@ -148,20 +164,29 @@ def evaluation(
     generated: bool = False,
     new_tokens: int = MAX_NEW_TOKENS,
     reward: Any = None,
+    stream: int | None = None,
 ) -> Evaluation | PairEvaluation:
     """Encode a split for evaluation; of pairs, before their reference is known. Raises DataError as `smidgen.data` does.
 
     compared: see Evaluation, None: as the task trains; generated: answers are generated although the task is not one of
-    free answers; reward: a `rewards.Reward` of the answers; such rows need no answer of their own.
+    free answers; reward: a `rewards.Reward` of the answers; such rows need no answer of their own; stream: the length of
+    rows of a text stream.
     """
+    if stream is not None:
+        return Evaluation(TextRows(corpus.texts(split), tokenizer, stream), Collator(tokenizer.pad_token_id, kind), batch_size)
     examples: Sequence[Any] = corpus.examples(split, kind, tokenizer)
     if corpus.beta is not None:
         pairs = Pairs(examples, tokenizer, kind, max_length, beta=corpus.beta, context=context)
         return PairEvaluation(pairs, Collator(tokenizer.pad_token_id, kind, position_ids=position_ids), batch_size)
     if reward is not None:
         return _rewarded(examples, tokenizer, kind, max_length, context, batch_size, new_tokens, reward)
-    rows = encode(examples, tokenizer, kind, max_length, context=context)
     task = corpus.task
+    if kind == "image":
+        assert task is not None
+        golds = [e.gold or 0 for e in examples]
+        rights = [frozenset({gold}) for gold in golds]
+        return Evaluation(Pixels(examples, tokenizer), PixelCollator(), batch_size, golds, rights, task.metric)
+    rows = encode(examples, tokenizer, kind, max_length, context=context)
     found = Evaluation(rows, Collator(tokenizer.pad_token_id, kind, rows.choices, position_ids, scoring), batch_size)
     free = task is not None and task.free
     if free or generated:

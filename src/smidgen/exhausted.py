@@ -8,6 +8,7 @@ from pathlib import Path
 
 from smidgen import advice, data, estimate, models
 from smidgen.advice import Advice, size
+from smidgen.blank import is_blank
 from smidgen.config import MemoryRefused, RunConfig
 from smidgen.planner import Plan
 
@@ -28,8 +29,11 @@ _EVALUATING = ("smidgen/evaluate.py", "smidgen/generation.py", "smidgen/scoring.
 def check(config: RunConfig, corpus: data.Corpus, device: str, say: Callable[[str], None]) -> None:
     """Refuse a run that does not fit, before anything is loaded. Raises MemoryRefused, unless `force` is set.
 
-    Small runs are let through on a rough bound; a model that cannot be simulated is too, with a line that says so.
+    Small runs are let through on a rough bound; a model that cannot be simulated is too, with a line that says so, and so are
+    pictures and random weights.
     """
+    if corpus.pictures or is_blank(config.model):
+        return
     free = models.available_memory(device)
     if _bound(config) < _SMALL * free:
         return

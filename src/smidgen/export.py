@@ -35,13 +35,15 @@ if library == "peft":
             "seq2seq": peft.AutoPeftModelForSeq2SeqLM}.get(kind)
     if auto is None:
         config = peft.PeftConfig.from_pretrained(folder)
-        plain = transformers.AutoModelForMaskedLM.from_pretrained(config.base_model_name_or_path, **options)
+        auto = {"masked": transformers.AutoModelForMaskedLM, "image": transformers.AutoModelForImageClassification}[kind]
+        plain = auto.from_pretrained(config.base_model_name_or_path, **options)
         model = peft.PeftModel.from_pretrained(plain, folder)
     else:
         model = auto.from_pretrained(folder, **options)
 else:
     auto = {"causal": transformers.AutoModelForCausalLM, "classification": transformers.AutoModelForSequenceClassification,
-            "seq2seq": transformers.AutoModelForSeq2SeqLM, "masked": transformers.AutoModelForMaskedLM}[kind]
+            "seq2seq": transformers.AutoModelForSeq2SeqLM, "masked": transformers.AutoModelForMaskedLM,
+            "image": transformers.AutoModelForImageClassification}[kind]
     model = auto.from_pretrained(folder)
 model.eval()
 for module in model.modules():  # bitsandbytes would round, on a CPU, the scales of 4-bit weights and the inputs of 8-bit ones
@@ -80,7 +82,7 @@ def export(run: Path, to: Path, form: str, base: str | None = None) -> dict[str,
         adapted = _on_base(base, run, loaded, config)
         model = adapted.model.eval()
     place = next(model.parameters()).device
-    inputs = _inputs(loaded.kind, len(tokenizer))
+    inputs = _pixels(model) if loaded.kind == "image" else _inputs(loaded.kind, len(tokenizer))
     with torch.no_grad():
         ours = model(**{k: v.to(place) for k, v in inputs.items()}).logits.float().cpu()
     with folders.locked(to):
@@ -109,6 +111,13 @@ def _inputs(kind: str, vocabulary: int) -> dict[str, torch.Tensor]:
     if kind == "seq2seq":
         inputs["decoder_input_ids"] = ids[:, :4]
     return inputs
+
+
+def _pixels(model: Any) -> dict[str, torch.Tensor]:
+    """A fixed picture of grey steps."""
+    size, channels = model.config.image_size, model.config.num_channels
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return {"pixel_values": torch.linspace(-1, 1, channels * height * width).view(1, channels, height, width)}
 
 
 class _OnBase:

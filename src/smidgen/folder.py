@@ -61,7 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
 def default_output(config: RunConfig) -> Path:
     """runs/MODEL-DATA-METHOD-SCHEME-N, with the first N that is free."""
     source = config.task or (config.data if isinstance(config.data, str) else None) or "data"
-    parts = (Path(config.model).name, Path(source).stem, config.method, config.scheme)
+    parts = (Path(config.model.removeprefix("config:")).name, Path(source).stem, config.method, config.scheme)
     stem = "-".join(part.replace("_", "-") for part in parts)
     number = 1
     while (Path("runs") / f"{stem}-{number}").exists():

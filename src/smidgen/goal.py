@@ -25,13 +25,15 @@ from smidgen.encode import Encoded, encode
 from smidgen.evaluate import same_words
 from smidgen.folder import JOURNAL
 from smidgen.generation import Answerer
-from smidgen.kinds import Kind
+from smidgen.kinds import Kind, classifies
 from smidgen.packing import Packs, kept_apart, pack_length
 from smidgen.pairs import Pairs, refer
 from smidgen.params import ParamView
+from smidgen.pixels import PixelCollator, Pixels
 from smidgen.probing import Batch, Engine
 from smidgen.questions import MAX_NEW_TOKENS, Candidates, Prompts
 from smidgen.rewards import AnswerMeasure, Measure, Reward, RewardObjective, Score, accuracy, no_gradient
+from smidgen.stream import TextRows, TextStream
 from smidgen.tasks import Example
 from smidgen.tasks._answers import exact_match, f1
 
@@ -41,7 +43,7 @@ GENERATED: dict[str, Score] = {
 }
 METRICS = ("accuracy", *GENERATED, "reward")
 
-Questions = Encoded | Candidates | Asked | Packs | Pairs
+Questions = Encoded | Candidates | Asked | Packs | Pairs | Pixels | TextRows | TextStream
 Build = Callable[[Engine, Sequence[Batch]], RewardObjective]
 
 
@@ -64,7 +66,7 @@ def choose_goal(config: RunConfig, corpus: Corpus, kind: str) -> str:
         return "choice" if options and task is not None and task.choice else "answer"
     if goal in ("choice", "hinge", "accuracy") and not options:
         raise ConfigError(f"objective {goal} compares the options of a row, and '{corpus.name}' has answers of free text: f1")
-    if goal == "answer" and kind == "classification":
+    if goal == "answer" and classifies(kind):
         raise ConfigError("objective answer is the loss of an answer's tokens, and a classification head has none: choice")
     if goal in GENERATED and options:
         raise ConfigError(
@@ -90,14 +92,17 @@ def _preference(config: RunConfig) -> str:
     return "preference"
 
 
-def packable(config: RunConfig, goal: str, kind: str, virtual: int) -> bool:
-    """Whether rows are packed. virtual: tokens that the scheme puts before a row. Raises ConfigError where they cannot be."""
+def packable(config: RunConfig, goal: str, kind: str, virtual: int) -> bool | str:
+    """Whether and how rows are packed. virtual: tokens that the scheme puts before a row. Raises ConfigError where they cannot
+    be."""
     if not config.packing:
         return False
     if kind != "causal" or goal != "answer":
         raise ConfigError(
             f"packing is for answers of causal models: this is a {kind} model with objective {goal}: leave packing out"
         )
+    if config.packing == "stream":
+        return "stream"
     if virtual:
         raise ConfigError(
             f"packing: the {virtual} virtual tokens of scheme {config.scheme} stand before a row, and so before the first of a "
@@ -118,7 +123,7 @@ class Goal:
 
 def prepare(
     goal: str,
-    examples: Sequence[Any],
+    examples: Any,
     tokenizer: Any,
     kind: str,
     *,
@@ -127,17 +132,22 @@ def prepare(
     context: int | None,
     position_ids: bool,
     scoring: str,
-    packed: bool = False,
+    packed: bool | str = False,
     beta: float | None = None,
     reward: Reward | None = None,
     penalty: float = 0.0,
     new_tokens: int = MAX_NEW_TOKENS,
 ) -> Goal:
-    """Encode training examples for a goal. name: of the data, for messages; beta: of pairs; penalty: of a reward, see
-    `AnswerMeasure`; new_tokens: of a generated answer, at most. Raises DataError as `encode` does.
+    """Encode training examples for a goal. name: of the data, for messages; beta: of pairs; examples of a text
+    stream: texts, or a function of the pass that gives them; penalty: of a reward, see `AnswerMeasure`; new_tokens: of a
+    generated answer, at most. Raises DataError as `encode` does.
 
     Options of one token, the same in every row, are compared in one forward (`choices`); others take a row each.
     """
+    criterion = goal if goal in ("hinge", "accuracy") else None
+    build = _rewarded(accuracy) if goal == "accuracy" else None
+    if kind == "image":
+        return Goal(Pixels(examples, tokenizer), PixelCollator(criterion), build)
     collate = functools.partial(Collator, tokenizer.pad_token_id, kind, position_ids=position_ids, scoring=scoring)
     if goal in GENERATED or reward is not None:
         prompts = Prompts(examples, tokenizer, kind, max_length, context=context, new_tokens=new_tokens, needed=reward is None)
@@ -147,11 +157,16 @@ def prepare(
     if goal == "preference":
         assert beta is not None
         return Goal(Pairs(examples, tokenizer, kind, max_length, beta=beta, context=context), collate(), None)
+    if packed == "stream":
+        length = pack_length(max_length, context)
+        return Goal(
+            TextStream(examples, tokenizer, length) if callable(examples) else TextRows(examples, tokenizer, length),
+            collate(),
+            None,
+        )
     if packed:
         found = encode(examples, tokenizer, kind, pack_length(max_length, context), context=context)
         return Goal(Packs(found), collate(), None)
-    criterion = goal if goal in ("hinge", "accuracy") else None
-    build = _rewarded(accuracy) if goal == "accuracy" else None
     rows = encode(examples, tokenizer, kind, max_length, context=context)
     if goal == "answer" or kind == "classification":
         return Goal(rows, collate(criterion=criterion), build)

@@ -62,6 +62,8 @@ def refuse(config: RunConfig, corpus: Corpus, goal: str) -> None:
     if not wanted(config):
         return
     name = f"scheme {config.scheme}" if fitted(config.scheme) else "head_start readout"
+    if corpus.pictures:
+        raise ConfigError(f"{name} reads texts, and the rows of '{corpus.name}' are pictures: tune the head (--scheme head)")
     if corpus.words is None:
         raise ConfigError(
             f"{name} fits a classifier of the same classes in every row, and '{corpus.name}' has none: take a labelled task, "

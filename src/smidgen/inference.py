@@ -16,6 +16,7 @@ from smidgen.adapt import _over_quantised
 from smidgen.chat import Chat
 from smidgen.config import ConfigError, RunConfig, notice
 from smidgen.generation import generate
+from smidgen.pixels import name_classes
 from smidgen.probing import Engine
 from smidgen.run import Loaded, evaluation_of, load
 from smidgen.tasks._example import Example
@@ -36,9 +37,11 @@ def open_folder(name: str, *, classes: int | None = None) -> tuple[Loaded, RunCo
     config = configuration.load(path / folders.RESOLVED)
     classes = result.get("classes", classes)
     if config.scheme == "full" and not (path / _over_quantised.ADAPTER).exists():
-        return load(configuration.with_values(config, {"model": name}), classes), config
+        return load(configuration.with_values(config, {"model": name, "tokenizer": None}), classes), config
     loaded = load(config, classes)
     loaded.adapted.load(path)
+    if "class_names" in result:
+        name_classes(loaded.adapted.model, result["class_names"])
     return loaded, config
 
 

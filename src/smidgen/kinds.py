@@ -1,7 +1,7 @@
 """Kinds: what a model predicts, told from its architecture, and transformers' Auto class for each.
 
 causal: the next token. masked: a token from both sides. classification: one of some classes. seq2seq: a text from a
-text. `transformers` is imported on use.
+text. image: the class of a picture. `transformers` is imported on use.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 from smidgen.config import ConfigError
 
-__all__ = ["Kind", "detect_kind", "head_of"]
+__all__ = ["Kind", "classifies", "detect_kind", "head_of", "seen_as"]
 
-Kind = Literal["causal", "masked", "classification", "seq2seq"]
+Kind = Literal["causal", "masked", "classification", "seq2seq", "image"]
 
 
 class _Head(NamedTuple):
@@ -30,7 +30,18 @@ _HEADS: dict[str, _Head] = {
         "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "sequence-classification head"
     ),
     "seq2seq": _Head("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "sequence-to-sequence head"),
+    "image": _Head("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "image-classification head"),
 }
+
+
+def classifies(kind: str) -> bool:
+    """Whether a model of this kind gives logits of classes, one row each."""
+    return kind in ("classification", "image")
+
+
+def seen_as(kind: Kind) -> Kind:
+    """The kind as which a loaded model is evaluated: an image classifier is a classifier whose rows are pictures."""
+    return "classification" if kind == "image" else kind
 
 
 def detect_kind(config: Any, labelled: bool) -> Kind:
@@ -43,8 +54,11 @@ def detect_kind(config: Any, labelled: bool) -> Kind:
     causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     name = (config.architectures or [""])[0]
     pretrained = name.removesuffix("ForPreTraining") + "ForMaskedLM"  # BERT's first checkpoints carry both of its heads
+    images = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     kind: Kind
-    if name.endswith("ForSequenceClassification"):
+    if name.endswith("ForImageClassification") or (config.model_type in images and config.model_type not in causal):
+        kind = "image"
+    elif name.endswith("ForSequenceClassification"):
         kind = "classification"
     elif config.is_encoder_decoder:
         kind = "seq2seq"
@@ -56,10 +70,10 @@ def detect_kind(config: Any, labelled: bool) -> Kind:
         kind = "causal"
     else:
         kind = "classification"
-    if kind == "classification" and not labelled:
+    if classifies(kind) and not labelled:
         raise ConfigError(
             f"{name or config.model_type} predicts classes, and the rows have no labels: give a labelled task or data with "
-            "columns text and label, or a causal or seq2seq model"
+            "columns text and label (of pictures: a folder of images by class), or a causal or seq2seq model"
         )
     return kind
 

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from smidgen import auto, data, models, optim, presets, tasks
-from smidgen.config import RunConfig, notice
+from smidgen.config import ConfigError, RunConfig, notice
 from smidgen.config_file import load
 from smidgen.encode import describe, encode
 from smidgen.kinds import detect_kind
@@ -86,6 +86,11 @@ def describe_data(source: str, *, model: str, kind: str, row: int, max_length: i
     """Lengths and one encoded row of a data set, as `smidgen.encode.describe` gives them, and how many classes it has."""
     config: RunConfig = load(None, [], {"data": source, "model": model})
     corpus = data.open_corpus(config, notify=notice)
+    if corpus.pictures:
+        raise ConfigError(
+            f"'{source}' holds {len(corpus.rows('train'))} pictures of {len(corpus.words or ())} classes "
+            f"({', '.join((corpus.words or ())[:8])}): `smidgen data` shows tokens, and they have none"
+        )
     model_config = models.load_config(model)
     tokenizer = models.load_tokenizer(model)
     chosen = detect_kind(model_config, corpus.words is not None) if kind == "auto" else kind

@@ -1,6 +1,7 @@
 """Models: name -> (model, tokenizer, kind), and what can be known about a model before it is loaded.
 
-A name is a folder, a hub id, or 'embedded'. A folder never touches the network. Weights are read from safetensors only;
+A name is a folder, a hub id, 'embedded', or config:NAME for random weights (`smidgen.blank`). A folder never touches the
+network. Weights are read from safetensors only;
 code that comes with a model runs only if asked for. New heads are drawn on the CPU from the run's seed, and the global
 random state is left as it was.
 """
@@ -8,21 +9,22 @@ random state is left as it was.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import json
 import math
 import re
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smidgen import quantised
+from smidgen import blank, quantised
 from smidgen.config import ConfigError, nearest, notice
-from smidgen.kinds import Kind, detect_kind, head_of
+from smidgen.kinds import Kind, classifies, detect_kind, head_of
+from smidgen.pixels import load_processor
+from smidgen.quantising import BYTES, HEADS, bitsandbytes_request
+from smidgen.stored import stored_bytes
 
 __all__ = [
     "available_memory",
@@ -32,20 +34,12 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
-    "require_bitsandbytes",
     "resolve",
     "wants_position_ids",
     "weights_bytes",
 ]
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
-
-# Bytes a weight: nf4's code of 4 bits, a scale of 8 bits for 64 weights, one of 32 bits for 256 scales. int8: without the
-# scales of rows.
-_QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-
-# Modules of a classifier that a checkpoint of another kind lacks: drawn from the seed, they have no codes to hold.
-_HEADS = ["classifier", "pre_classifier", "pooler", "score"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -78,6 +72,16 @@ _OFFSET_POSITIONS = (
 
 def resolve(name: str) -> str:
     """A model folder's path, or a hub id. Raises ConfigError for a folder that is missing or holds no model."""
+    if blank.is_blank(name):
+        found = blank.inner(name)
+        if Path(found).suffix == ".json" and Path(found).is_file():
+            return found
+        try:
+            if not Path(found).exists() and (close := nearest(found, blank.shipped())):
+                raise ConfigError(f"there is no configuration '{found}': did you mean '{close}'?")
+            return resolve(found)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; configurations that ship: {', '.join(blank.shipped())}") from None
     path = Path(__file__).parent / "embedded" / "model" if name == "embedded" else Path(name).expanduser()
     if name and path.is_dir():
         if (path / "config.json").is_file():
@@ -103,13 +107,17 @@ def describe_source(name: str) -> str:
     return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's configuration, without its weights. Raises ConfigError."""
+def load_config(name: str, tokenizer: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration, without its weights; of a blank one fitted to its tokenizer. Raises ConfigError."""
     from transformers import AutoConfig
 
     location = resolve(name)
     with _readable(name, "its configuration"):
-        return AutoConfig.from_pretrained(location, **_origin(location, trust_remote_code))
+        config = AutoConfig.from_pretrained(location, **_origin(location, trust_remote_code))
+    if blank.is_blank(name):
+        with _readable(name, "its configuration"):
+            blank.fit(config, load_tokenizer(name, tokenizer, trust_remote_code=trust_remote_code, notify=lambda line: None))
+    return config
 
 
 def _origin(location: str, trust_remote_code: bool) -> dict[str, Any]:
@@ -149,12 +157,24 @@ def _readable(name: str, what: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False, notify: Callable[[str], None] = notice) -> Any:
-    """The model's tokenizer, with a pad token. Raises ConfigError where the folder has none."""
+def load_tokenizer(
+    name: str,
+    own: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    notify: Callable[[str], None] = notice,
+) -> Any:
+    """The model's tokenizer, or that of a folder or hub id `own`, with a pad token. Raises ConfigError where there is none."""
     from transformers import AutoTokenizer
 
-    location = resolve(name)
+    location = resolve(name) if own is None else str(Path(own).expanduser()) if Path(own).expanduser().exists() else own
     folder = Path(location)
+    local = own is not None and (own.startswith((".", "~", "/")) or own.count("/") > 1)
+    if local and not folder.exists():
+        raise ConfigError(f"there is no tokenizer '{own}': give a folder with tokenizer.json, or a hub id (owner/name)")
+    if own is None and blank.is_blank(name) and folder.exists() and not any((folder / f).is_file() for f in _TOKENIZER_FILES):
+        raise ConfigError(f"'{name}' has no tokenizer of its own: name the folder or hub id of one with --tokenizer")
+    name = own or name
     # transformers makes an empty tokenizer from config.json alone
     if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise ConfigError(
@@ -183,42 +203,52 @@ def load_model(
     *,
     seed: int = 0,
     quantise: str | None = None,
+    own_tokenizer: str | None = None,
     trust_remote_code: bool = False,
     notify: Callable[[str], None] = notice,
 ) -> tuple[Any, Any, Kind]:
-    """(model in eval mode, tokenizer, kind), through transformers' Auto classes.
+    """(model in eval mode, tokenizer or image processor, kind), through transformers' Auto classes.
 
     num_labels: classes of a labelled task, None where answers are free text. dtype 'auto': float32 on a CPU, else the
-    checkpoint's. Parameters that the checkpoint does not hold are drawn on the CPU from `seed` and named by `fresh_parameters`.
+    checkpoint's. Parameters that the checkpoint does not hold are drawn on the CPU from `seed` and named by `fresh_parameters`;
+    of a blank model all are drawn, and those of its embeddings named. own_tokenizer: folder or hub id, None: the model's.
     quantise 'nf4' (double quantisation, as in QLoRA) or 'int8': linear layers but the output head are held in that form by
     bitsandbytes, quantised on `device` one by one; all other tensors have `dtype`. A checkpoint that is quantised stays so.
     Memory: the weights once in RAM, and once on `device` if that is another. Raises ConfigError.
     """
     location = resolve(name)
-    config = load_config(name, trust_remote_code=trust_remote_code)
+    config = load_config(name, own_tokenizer, trust_remote_code=trust_remote_code)
     chosen: Kind = detect_kind(config, num_labels is not None) if kind == "auto" else kind  # type: ignore[assignment]
     auto_class = head_of(name, config, chosen, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = _origin(location, trust_remote_code) | {"use_safetensors": True}
-    if chosen == "classification":
+    if classifies(chosen):
         if num_labels is None:
-            raise ConfigError("kind 'classification' needs labelled rows: give a task, or data with columns text and label")
+            raise ConfigError(f"kind '{chosen}' needs labelled rows: give a task, or data with columns text and label")
         options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes is replaced
     wanted, stored = _dtype(dtype, device), getattr(config, "quantization_config", None) is not None
     if quantise is not None:
+        if blank.is_blank(name):
+            raise ConfigError(f"quantise = {quantise}: random weights are not worth their codes: leave it out")
         if stored:
             raise ConfigError(f"the weights of '{name}' are stored quantised: leave quantise out")
         compute = wanted if wanted != "auto" else getattr(config, "dtype", None) or torch.bfloat16
-        options["quantization_config"] = _bitsandbytes(quantise, compute, _HEADS if chosen == "classification" else None)
+        options["quantization_config"] = bitsandbytes_request(quantise, compute, HEADS if classifies(chosen) else None)
     if quantise is not None or stored:
         options["device_map"] = {"": str(device)}
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code, notify=notify)
+    if chosen == "image":
+        with _readable(name, "its image processor"):
+            tokenizer = load_processor(location, **_origin(location, trust_remote_code))
+    else:
+        tokenizer = load_tokenizer(name, own_tokenizer, trust_remote_code=trust_remote_code, notify=notify)
+    if blank.is_blank(name):
+        return _drawn(name, auto_class, config, wanted, seed, notify).to(device).eval(), tokenizer, chosen
     with _readable(name, "its weights"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model, info = auto_class.from_pretrained(location, dtype=wanted, output_loading_info=True, **options)
     fresh = tuple(
         sorted({*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])})
     )
-    _check_fit(name, model, tokenizer, fresh)
+    _check_fit(name, model, None if chosen == "image" else tokenizer, fresh)
     if fresh:
         shown = ", ".join(fresh[:4]) + (f" and {len(fresh) - 4} more" if len(fresh) > 4 else "")
         notify(f"{shown}: not in the checkpoint of '{name}', drawn from the seed")
@@ -233,32 +263,19 @@ def load_model(
     return model.eval(), tokenizer, chosen
 
 
+def _drawn(name: str, auto_class: Any, config: Any, dtype: Any, seed: int, notify: Callable[[str], None]) -> Any:
+    """A blank model, drawn on the CPU from `seed`. Raises ConfigError."""
+    with _readable(name, "its configuration"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype)
+    model.smidgen_fresh = blank.outer_parameters(model)
+    notify(f"{name}: {sum(p.numel() for p in model.parameters()):,} weights drawn from seed {seed}")
+    return model
+
+
 def fresh_parameters(model: Any) -> tuple[str, ...]:
     """Names of the tensors that `load_model` drew because the checkpoint does not hold them (a new head)."""
     return getattr(model, "smidgen_fresh", ())
-
-
-def require_bitsandbytes(quantise: str) -> None:
-    """Raise ConfigError where the library that quantises is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"quantise = {quantise} needs bitsandbytes, which is not installed: pip install 'smidgen[eight-bit]'")
-
-
-def _bitsandbytes(quantise: str, compute: torch.dtype, left: list[str] | None) -> Any:
-    """transformers' request for weights in 4 or 8 bits, multiplied in the dtype `compute`; left: modules that stay as they
-    are, None: the output head."""
-    from transformers import BitsAndBytesConfig
-
-    require_bitsandbytes(quantise)
-    if quantise == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=left,
-    )
 
 
 def _dtype(dtype: str, device: str | torch.device) -> Any:
@@ -277,6 +294,8 @@ def _check_fit(name: str, model: Any, tokenizer: Any, fresh: tuple[str, ...]) ->
             f"{len(fresh)} of the {len(tensors)} tensors of {type(model).__name__} are not in the weights of '{name}': "
             "config.json and weights belong to different models"
         )
+    if tokenizer is None:
+        return
     rows = model.get_input_embeddings().weight.shape[0]
     marks = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
     if tokenizer.vocab_size > rows or any(mark is not None and mark >= rows for mark in marks):
@@ -321,6 +340,7 @@ def weights_bytes(
     device: str | torch.device = "cpu",
     *,
     quantise: str | None = None,
+    own_tokenizer: str | None = None,
     trust_remote_code: bool = False,
 ) -> int:
     """Bytes of the weights in `dtype`, linear layers quantised where asked for, without loading them.
@@ -330,13 +350,13 @@ def weights_bytes(
     """
     location = resolve(name)
     wanted = _dtype(dtype, device)
-    files = sorted(Path(location).glob("*.safetensors"))
-    plain = sum(_bytes(shape, stored, wanted) for file in files for shape, stored in _header(file))
+    files = [] if blank.is_blank(name) else sorted(Path(location).glob("*.safetensors"))
+    plain = stored_bytes(files, wanted)
     if files and quantise is None:
         return plain
     from transformers import AutoModel
 
-    config = load_config(name, trust_remote_code=trust_remote_code)
+    config = load_config(name, own_tokenizer, trust_remote_code=trust_remote_code)
     with _readable(name, "its architecture"), torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     stored = config.dtype or torch.float32
@@ -346,25 +366,7 @@ def weights_bytes(
     if quantise is None:
         return plain
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D")  # type: ignore[operator,misc]
-    return plain - linear * size + math.ceil(linear * _QUANTISED_BYTES[quantise])
-
-
-def _header(file: Path) -> list[tuple[list[int], str]]:
-    """(shape, dtype) of every tensor of a safetensors file: 8 bytes of length, then JSON."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            entries = json.loads(stream.read(length))
-        return [(entry["shape"], entry["dtype"]) for key, entry in entries.items() if key != "__metadata__"]
-    except (OSError, ValueError, struct.error, KeyError, OverflowError, MemoryError) as error:
-        raise ConfigError(f"'{file}' is no safetensors file ({type(error).__name__}: {error}): copy it again") from None
-
-
-def _bytes(shape: list[int], stored: str, wanted: Any) -> int:
-    bits = int(re.sub(r"^\D+|_.*$", "", stored) or 8)  # F32, BF16, I64, U8, F8_E4M3, BOOL
-    floating = stored.startswith(("F", "BF"))
-    size = wanted.itemsize if floating and wanted != "auto" else bits // 8
-    return math.prod(shape) * size
+    return plain - linear * size + math.ceil(linear * BYTES[quantise])
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:

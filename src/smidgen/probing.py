@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from smidgen.directions import Direction, Probe
 from smidgen.forward_mode import Tangent, differentiated, plain_kernels_notice, slopes
-from smidgen.kinds import Kind
+from smidgen.kinds import Kind, seen_as
 from smidgen.linear import fast, layers
 from smidgen.lookup import Displaced, Lens, LensedHead, LookedUp
 from smidgen.loss import (
@@ -66,7 +66,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal"):
-        self.model, self.view, self.kind = model, view, kind
+        self.model, self.view, self.kind = model, view, seen_as(kind)
         self.forwards = 0  # model evaluations so far
         self.tokens = 0  # input tokens of those evaluations
         self.backwards = 0  # back-propagations so far

@@ -61,7 +61,7 @@ def _clocks() -> tuple[float, float]:
 
 def line(logs: dict[str, Any]) -> str:
     """The measures of a log step that fit on a line."""
-    measures = ("loss", *(f"eval_{name}" for name in ("loss", "reward", "accuracy", "f1", "exact_match")))
+    measures = ("loss", *(f"eval_{name}" for name in ("loss", "reward", "accuracy", "f1", "exact_match", "perplexity")))
     shown = (*measures, "learning_rate", "grad_norm", "zo/projected_grad")
     return "  ".join(f"{k} {logs[k]:.4g}" for k in shown if isinstance(logs.get(k), (int, float)))
 

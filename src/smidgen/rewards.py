@@ -49,7 +49,8 @@ class RewardObjective:
 
     def _values(self, batch: Batch, held: Held, probes: Sequence[Probe]) -> Tensor:
         """Of the probes and rows of a micro-batch, [P, B] float64."""
-        engine, size = self.engine, batch["input_ids"].numel()
+        engine = self.engine
+        size = batch["input_ids"].numel() if "input_ids" in batch else 0
         counts = engine.forwards + len(probes), engine.tokens + len(probes) * size
         if isinstance(self.measure, AnswerMeasure):
             values = self.measure.together(engine, batch, probes)

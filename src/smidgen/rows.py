@@ -1,7 +1,8 @@
-"""Rows of any source: .jsonl, .json, .csv, .tsv, .parquet and .txt files, folders, hub ids, and lists of these.
+"""Rows of any source: .jsonl, .json, .csv, .tsv, .parquet, .txt and .npz files, folders, hub ids, and lists of these.
 
 A row is a dict that knows its place, such as ``reviews.jsonl:7``. A folder and a hub id have splits under our names:
-train, validation, test. `datasets` is imported for hub ids only, `pyarrow` for parquet only.
+train, validation, test. Folders of images by class, and arrays of images, have rows {image, label} (`pictures`). `datasets` is
+imported for hub ids and streams only, `pyarrow` for parquet only.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 from smidgen import tasks
 from smidgen.config import ConfigError, DataError, Source, nearest
+from smidgen.pictures import Picture, by_class, from_arrays, has_classes, is_picture
 from smidgen.tasks import Row
 from smidgen.tasks._example import read_jsonl
 
-__all__ = ["DataSpec", "canonical_split", "has_split", "read_rows"]
+__all__ = ["DataSpec", "canonical_split", "has_split", "read_rows", "stream_splits"]
 
 DataSpec = str | Path | Source | Sequence["str | Source"]
 
@@ -27,7 +29,7 @@ _SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched"),
     "test": ("test",),
 }
-_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".npz")
 
 
 def read_rows(source: DataSpec, split: str | None = None) -> list[Row]:
@@ -95,7 +97,7 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
         return {"train": [path]}
     files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in _EXTENSIONS)
     if not files:
-        raise DataError(f"the folder '{path}' holds no data file: it may hold {' '.join(_EXTENSIONS)}")
+        return _split_folders(path)
     found: dict[str, list[Path]] = {}
     for split, spellings in _SPLIT_NAMES.items():
         pattern = re.compile(rf"(?:{'|'.join(spellings)})(?:[-_.]?\d.*)?$", re.IGNORECASE)  # shards are numbered
@@ -104,7 +106,35 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
     return found or {"train": files}
 
 
+def _split_folders(path: Path) -> dict[str, list[Path]]:
+    """Folders of images by class, of each split; a folder without splits is a train split."""
+    parts = {part.name.lower(): part for part in path.iterdir() if part.is_dir() and has_classes(part)}
+    found = {
+        split: [parts[name] for name in spellings if name in parts][:1]
+        for split, spellings in _SPLIT_NAMES.items()
+        if parts.keys() & set(spellings)
+    }
+    if not found and has_classes(path):
+        return {"train": [path]}
+    if not found:
+        raise DataError(
+            f"the folder '{path}' holds no data file: it may hold {' '.join(_EXTENSIONS)}, or a folder of images for each class"
+        )
+    return found
+
+
 def _read_file(path: Path) -> list[Row]:
+    if path.is_dir():
+        return [Row({"image": picture, "label": label}, picture.place) for picture, label in by_class(path)]
+    rows = _read_table(path)
+    for row in rows:
+        name = row.get("image")
+        if "label" in row and isinstance(name, str) and is_picture(Path(name)):
+            row["image"] = Picture(path.parent / name, name, row.place)
+    return rows
+
+
+def _read_table(path: Path) -> list[Row]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".jsonl":
@@ -117,6 +147,8 @@ def _read_file(path: Path) -> list[Row]:
             return _read_text(path)
         if suffix == ".parquet":
             return _read_parquet(path)
+        if suffix == ".npz":
+            return [Row({"image": picture, "label": label}, picture.place) for picture, label in from_arrays(path)]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}): save the file as UTF-8") from None
     except OSError as error:
@@ -194,13 +226,24 @@ def _read_parquet(path: Path) -> list[Row]:
     return [Row(record, f"{path}: row {number}") for number, record in enumerate(records, 1)]
 
 
-def _hub_splits(name: str) -> dict[str, Any]:
+def stream_splits(source: DataSpec) -> dict[str, Any]:
+    """The splits of one source as `datasets` reads them while they are needed. Raises DataError."""
+    name = _name(source)  # type: ignore[arg-type]
+    path = _local(name)
+    if path is None:
+        return _hub_splits(name, streaming=True)
+    if path.is_file():
+        return _hub_splits(str(path.parent), streaming=True, data_files=path.name)
+    return _hub_splits(str(path), streaming=True)
+
+
+def _hub_splits(name: str, **options: Any) -> dict[str, Any]:
     """The splits of a hub id (``owner/name`` or ``owner/name:configuration``) that are ours, under our names."""
     import datasets
 
-    hub_id, _, configuration = name.partition(":")
+    hub_id, _, configuration = (name, "", "") if Path(name).is_dir() else name.partition(":")
     try:
-        found = datasets.load_dataset(hub_id, configuration or None)
+        found = datasets.load_dataset(hub_id, configuration or None, **options)
     except Exception as error:  # the hub's clients raise their own, the HTTP library's and built-in errors
         reason = " ".join(str(error).split())[:300]
         raise DataError(

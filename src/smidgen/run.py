@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.metadata
-import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,13 +14,14 @@ from typing import Any
 import torch
 import transformers
 
-from smidgen import __version__, activations, adapt, auto, data, head_start, memory, models, optim, presets, quantised
+from smidgen import activations, adapt, data, head_start, memory, models, optim, quantised
 from smidgen import config_file as configuration
 from smidgen import folder as folders
 from smidgen.best import Best, check_best
 from smidgen.card import model_card
 from smidgen.chat import FORMS, give_form
 from smidgen.config import Interrupted, MemoryRefused, RunConfig, UserError, notice
+from smidgen.environment import environment
 from smidgen.evaluate import HEADLINES, Evaluation, evaluation
 from smidgen.exhausted import check, explain
 from smidgen.goal import GENERATED, choose_goal, failed, packable, prepare, reward_of, settled
@@ -31,6 +29,7 @@ from smidgen.kinds import Kind, detect_kind, head_of
 from smidgen.moving import Moving
 from smidgen.pairs import PairEvaluation
 from smidgen.params import canonical
+from smidgen.pixels import check_rows, name_classes
 from smidgen.progress import Progress, Say, line
 from smidgen.provenance import weights_sha256
 from smidgen.settings import (
@@ -39,6 +38,7 @@ from smidgen.settings import (
     check_start,
     choose,
     count_rows,
+    filled,
     memory_line,
     options_of,
     room,
@@ -80,11 +80,13 @@ def load(config: RunConfig, classes: int | None) -> Loaded:
         device(),
         seed=config.seed % 2**63,
         quantise=config.quantise,
+        own_tokenizer=config.tokenizer,
         trust_remote_code=config.trust_remote_code,
     )
     if config.chat in FORMS:
         give_form(tokenizer, config.chat)
-    context = room(models.context_length(model.config, tokenizer), options.positions, config.max_length)
+    limit = models.context_length(model.config, tokenizer if kind != "image" else None)
+    context = room(limit, options.positions, config.max_length)
     scheme = adapt.get(config.scheme)
     drawn = [canonical(n) for n in models.fresh_parameters(model)]
     kind, asked = head_start.prepare(config, model, tokenizer, kind)
@@ -102,7 +104,7 @@ def finetune(config: RunConfig, *, dry_run: bool = False, test: bool = True, say
     """Train as configured and return the content of result.json. Everything that can be refused is refused before the
     folder is touched. test: whether the test rows are read, once, at the end: a trial of a search leaves them alone.
     Raises UserError, whose `exit_code` is the command's."""
-    config = folders.resumed(config) if config.resume else presets.fill(auto.resolve(config, say), say)
+    config = folders.resumed(config) if config.resume else filled(config, say)
     scheme_config(config)
     check_quantise(config)
     check_start(config)
@@ -122,22 +124,24 @@ def finetune(config: RunConfig, *, dry_run: bool = False, test: bool = True, say
     head_start.refuse(config, corpus, goal)
     packed = packable(config, goal, kind, scheme_config(config).positions)
     tokenizer = tokenizer_of(config) if config.chat == "model" else None  # its template renders the prompts
-    examples = corpus.examples("train", kind, tokenizer)
+    examples: Any = corpus.examples("train", kind, tokenizer) if packed != "stream" else corpus.training_texts()
     if not config.resume:
         config = choose(config, count_rows(config, examples, packed), say)
     arguments = training_arguments(config, folder)
     check(config, corpus, device(), say)
     if dry_run:
-        return {"status": "dry run", "output": str(folder), "rows": len(examples), "config": configuration.dump(config)}
+        rows = "unknown" if config.streaming else len(examples)
+        return {"status": "dry run", "output": str(folder), "rows": rows, "config": configuration.dump(config)}
     with folders.locked(folder), Signals() as signals, _explained(config, folder) as start:
         return _train(config, start, corpus, examples, goal, arguments, test, signals, say)
 
 
 def _check_kind(config: RunConfig, corpus: data.Corpus) -> Kind:
     """The model's kind. Raises ConfigError when it cannot predict what the data ask for, before its weights are read."""
-    found = models.load_config(config.model, trust_remote_code=config.trust_remote_code)
+    found = models.load_config(config.model, config.tokenizer, trust_remote_code=config.trust_remote_code)
     kind = detect_kind(found, corpus.words is not None) if config.kind == "auto" else config.kind
     head_of(config.model, found, kind, trust_remote_code=config.trust_remote_code)
+    check_rows(config, corpus.name, corpus.pictures, kind)
     room(models.context_length(found), scheme_config(config).positions, config.max_length)
     return kind
 
@@ -186,7 +190,7 @@ def _train(
     config: RunConfig,
     start: _Start,
     corpus: data.Corpus,
-    examples: list[Any],
+    examples: Any,
     goal: str,
     arguments: transformers.TrainingArguments,
     test: bool,
@@ -204,6 +208,7 @@ def _train(
     classes = None if corpus.words is None else len(corpus.words)
     loaded = load(config, classes)
     adapted, tokenizer, kind = loaded.adapted, loaded.tokenizer, loaded.kind
+    named = name_classes(adapted.model, corpus.words or ()) if kind == "image" else {}
     moving = adapted if isinstance(adapted, Moving) else None
     if config.best:
         addends = any(e.addend for e in adapted.view)
@@ -231,7 +236,7 @@ def _train(
     rows = prepared.rows
     for remark in rows.notices:
         notice(remark)
-    if config.max_length is None:
+    if config.max_length is None and kind != "image":
         how = "what the model has room for, capped" if config.packing else "95th percentile of the training rows, capped"
         say(f"max_length = {rows.max_length}  ({how})")
         config = configuration.with_values(config, {"max_length": rows.max_length})
@@ -275,8 +280,8 @@ def _train(
             folder / folders.RESOLVED, configuration.dump(configuration.with_values(config, {"output": str(folder)}))
         )
     tuned, total = adapted.view.numel(), quantised.numel(adapted.model)
-    steps = arguments.max_steps
-    say(f"{config.method} on {tuned:,} of {total:,} weights ({kind}, {config.scheme}): {len(rows)} rows, {steps} steps")
+    steps, count = arguments.max_steps, "streamed" if config.streaming else len(rows)  # type: ignore[arg-type]
+    say(f"{config.method} on {tuned:,} of {total:,} weights ({kind}, {config.scheme}): {count} rows, {steps} steps")
     before = next((v["before"] for v in folders.metrics(folder) if "before" in v), None) if config.resume else None
     if before is None:
         before = trainer.measure(splits["dev"])
@@ -331,8 +336,11 @@ def _train(
         "weights": total,
         "kind": kind,
         "classes": classes,
+        **named,
         "weights_sha256": sha256,
-        "data": {"train": _rows_of(corpus, "train", len(examples))}
+        "data": {}
+        if config.streaming
+        else {"train": _rows_of(corpus, "train", len(examples))}
         | {name: _rows_of(corpus, split, len(splits[name].rows), splits[name]) for name, split in names.items()},
         "config_sha256": configuration.config_sha256(config),
         "versions": environment()["versions"],
@@ -377,24 +385,9 @@ def evaluation_of(
         generated=generated or config.objective in GENERATED,
         new_tokens=config.max_new_tokens,
         reward=reward_of(config),
+        stream=config.max_length if config.packing == "stream" else None,
     )
     if isinstance(found, PairEvaluation):
         start = (reference or loaded).adapted
         found.refer(start.model, start.view, loaded.kind)
     return found
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine: env.json, and what a bug report needs."""
-    names = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "numba", "numpy", "safetensors", "bitsandbytes")
-    versions = {"smidgen": __version__, "python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "versions": versions,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-    }

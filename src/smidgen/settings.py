@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from pydantic import ValidationError
 
-from smidgen import activations, adapt, models, optim
+from smidgen import activations, adapt, auto, models, optim, presets, pretraining
 from smidgen import config_file as configuration
 from smidgen.chat import FORMS, give_form
 from smidgen.config import ConfigError, MemoryRefused, RunConfig, nearest
@@ -20,7 +20,14 @@ from smidgen.encode import encode
 from smidgen.head_start import fitted
 from smidgen.optim._search import SearchOptimizer
 from smidgen.packing import Packs, pack_length
+from smidgen.quantising import require_bitsandbytes
+from smidgen.stream import TextRows
 from smidgen.trainer import method_config, uses_backward
+
+
+def filled(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
+    """The configuration with what presets, `method: auto` and random weights set and the user did not; each choice is said."""
+    return presets.fill(auto.resolve(pretraining.fill(config, say), say), say)
 
 
 def options_of(config: RunConfig) -> dict[str, Any]:
@@ -77,18 +84,25 @@ def choose(config: RunConfig, rows: int, say: Callable[[str], None]) -> RunConfi
 
 def tokenizer_of(config: RunConfig) -> Any:
     """The model's tokenizer, with the form of `chat` as its template. Raises ConfigError."""
-    tokenizer = models.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, notify=lambda line: None)
+    tokenizer = models.load_tokenizer(
+        config.model, config.tokenizer, trust_remote_code=config.trust_remote_code, notify=lambda line: None
+    )
     if config.chat in FORMS:
         give_form(tokenizer, config.chat)
     return tokenizer
 
 
-def count_rows(config: RunConfig, examples: Sequence[Any], packed: bool) -> int:
+def count_rows(config: RunConfig, examples: Sequence[Any], packed: bool | str) -> int:
     """Rows of an epoch, to choose the number of steps by. Packed rows are encoded for that, unless steps are given."""
     if not packed or config.train.max_steps is not None:
-        return len(examples)
+        return 0 if config.streaming else len(examples)
+    if config.streaming:
+        raise ConfigError("streaming reads rows as the run goes and does not know how many there are: give --steps")
     tokenizer = tokenizer_of(config)
-    context = models.context_length(models.load_config(config.model, trust_remote_code=config.trust_remote_code), tokenizer)
+    found = models.load_config(config.model, config.tokenizer, trust_remote_code=config.trust_remote_code)
+    context = models.context_length(found, tokenizer)
+    if packed == "stream":
+        return len(TextRows(examples, tokenizer, pack_length(config.max_length, context)))
     return len(Packs(encode(examples, tokenizer, "causal", pack_length(config.max_length, context), context=context)))
 
 
@@ -138,7 +152,7 @@ def check_quantise(config: RunConfig) -> None:
     """Raise ConfigError for a quantised base that cannot be made here, or that the method would have to write."""
     if config.quantise is None:
         return
-    models.require_bitsandbytes(config.quantise)
+    require_bitsandbytes(config.quantise)
     if config.scheme == "full" and not optim.get(config.method).build.lazy:
         raise ConfigError(
             f"quantise = {config.quantise}: quantised weights cannot be written, and {config.method} writes all of them: take "
@@ -205,7 +219,12 @@ def training_arguments(config: RunConfig, folder: Path) -> transformers.Training
 def memory_line(config: RunConfig, device: str) -> str:
     """Estimated bytes of the weights against free memory, before loading. Raises MemoryRefused when they cannot fit."""
     weights = models.weights_bytes(
-        config.model, config.dtype, device, quantise=config.quantise, trust_remote_code=config.trust_remote_code
+        config.model,
+        config.dtype,
+        device,
+        quantise=config.quantise,
+        own_tokenizer=config.tokenizer,
+        trust_remote_code=config.trust_remote_code,
     )
     free = models.available_memory(device)
     text = f"memory: weights {weights / 2**30:.2f} GiB, free {free / 2**30:.1f} GiB"

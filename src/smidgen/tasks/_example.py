@@ -37,7 +37,8 @@ class Example:
     answer is free text. gold: index of `answer` in `options`. text: the raw fields, for sequence classification.
     golds: accepted answers of a question that is answered by generation. right: indices of every accepted option;
     empty where `gold` is the only one. passage: (start, end) in prompt + answer + suffix, the characters that a row may
-    lose where it is too long; None: any at the left of the prompt.
+    lose where it is too long; None: any at the left of the prompt. image: of a picture's class, what its row holds, and where
+    that row stands (`place`).
     """
 
     prompt: str
@@ -49,6 +50,8 @@ class Example:
     golds: tuple[str, ...] = ()
     right: tuple[int, ...] = ()
     passage: tuple[int, int] | None = None
+    image: Any = None
+    place: str = ""
 
 
 @dataclass(frozen=True)
