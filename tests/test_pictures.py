@@ -146,7 +146,7 @@ def test_velora_trains_a_vision_transformer_under_every_scheme_of_the_paper(tmp_
         tmp_path / "run",
         by_class(tmp_path / "data"),
         **options,
-        **{"train.max_steps": 12, "train.learning_rate": 1e-2},
+        **{"train.max_steps": 20, "train.learning_rate": 2e-3},
     )
     assert found["kind"] == "image" and found["classes"] == 2 and found["dev"]["loss"] < found["before"]["loss"]
     exported = export(tmp_path / "run", tmp_path / "plain", "merged")
