@@ -332,11 +332,14 @@ class Comparison:
         total = 0.0
         for cell in self.cells:
             whole = statistics.mean(paces.get((cell.model, cell.task), [usual]))
-            made = Counter(run.role for run in [*self.trials(cell), *self.finals(cell)] if self.fresh(run) is not None)
-            wanted = {"trial": self.grid.search["trials"] if self.grid.search and self.grid.searched(cell) else 0}
+            made: Counter[str] = Counter(
+                run.role for run in [*self.trials(cell), *self.finals(cell)] if self.fresh(run) is not None
+            )
+            trials = self.grid.search["trials"] if self.grid.search and self.grid.searched(cell) else 0
+            wanted: dict[str, int] = {"trial": int(trials)}
             wanted["seed"] = len(self.grid.seeds(cell))
             if self.refusal(cell) is None:
-                total += sum(whole * shares[role] * max(0, n - made[role]) for role, n in wanted.items())  # type: ignore[index]
+                total += sum(whole * shares[role] * max(0, n - made[role]) for role, n in wanted.items())
         return total / workers
 
     def _line(self, run: Run, record: Record, seconds: float, workers: int, beside: int) -> str:

@@ -210,8 +210,7 @@ class Planner:
     def plan(self, case: Case) -> Plan:
         """What a case needs. Raises ConfigError where the scheme or the method refuses the model."""
         if case.quantise is not None and case.quantise != self.model.quantise:
-            found = self._over(case.quantise).plan(replace(case, quantise=None))
-            return replace(found, case=case)
+            return replace(self._over(case.quantise).plan(replace(case, quantise=None)), case=case)
         module = optim.get(case.method)
         options = dict(case.options or {})
         tuned, scratch, count = self._view(case.scheme, _frozen(case.scheme_options))
@@ -305,9 +304,9 @@ class Planner:
 
     def _without_storage(self, scheme: str, options: tuple[tuple[str, Any], ...], layers: int | None) -> Any:
         """The adapted model with so many layers, its tensors without storage: one for all simulations that need it."""
-        config = (
-            self.model.config if layers == simulate.depth(self.model.config) else simulate.shallower(self.model.config, layers)
-        )
+        config = self.model.config
+        if layers is not None and layers != simulate.depth(config):
+            config = simulate.shallower(config, layers)
         adapted = self._adapted(config, scheme, dict(options))
         with self._mode:
             simulate.strip(adapted.model, self.model.device)

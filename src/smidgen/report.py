@@ -24,7 +24,21 @@ _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "scratch
 _MIB = 2**20
 _CURVES, _BARS = 12, 16  # lines of a chart; the table has the others
 
-_COLUMNS = ("name", "model", "task", "scheme", "method", "role", "seed", "status", "metric", "split", "value", "low", "high")
+_COLUMNS: tuple[str, ...] = (
+    "name",
+    "model",
+    "task",
+    "scheme",
+    "method",
+    "role",
+    "seed",
+    "status",
+    "metric",
+    "split",
+    "value",
+    "low",
+    "high",
+)
 _COLUMNS += ("before", "lr", "batch", "steps", "forwards", "backwards", "tokens", "seconds", "cpu_seconds", "peak_bytes")
 _COLUMNS += ("planned_bytes", "tuned_weights", "weights", "train_rows", "judged_rows", "error")
 

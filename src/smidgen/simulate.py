@@ -174,7 +174,7 @@ def quantised(model: nn.Module) -> None:
                 y = _Dequantised.apply(x, of.weight.detach())
                 return y if of.bias is None else y + of.bias
 
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward  # type: ignore[method-assign,assignment]
             module.smidgen_quantised = True  # type: ignore[assignment]
 
 

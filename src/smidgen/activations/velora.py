@@ -183,7 +183,7 @@ class VeLoRA:
         if not self._multiplied_again(module) or any(getattr(m, "awaits_vectors", False) for m in module.modules()):
             return _recompute.gated_again(module, x)
         for name, reader in () if self._vectors.chosen else self.chosen.items():
-            inside = (m for part in (module.gate_proj, module.up_proj) for m in part.modules())
+            inside = (m for part in ("gate_proj", "up_proj") for m in module.get_submodule(part).modules())
             if name not in self.projections and any(reader is m for m in inside):
                 self._vectors.of(name, x)  # now, while the mask is known: they run with gradient in the backward only
         return _recompute.gated_anew(module, x)
