@@ -29,6 +29,7 @@ from smidgen.loss import NOT_INPUTS, Losses, choice_index, criterion_loss, group
 from smidgen.lowrank import Factored, is_matrix, sides
 from smidgen.params import Entry, ParamView
 from smidgen.per_example import Span, examples_of, known, of_examples, owners, varies
+from smidgen.placed import wrapped
 from smidgen.population import (
     NotBatchedError,
     Population,
@@ -58,6 +59,8 @@ def unsupported(engine: Engine) -> str | None:
         for entry, owner, attribute in reader.tensors:
             if reader.module is not owner:
                 return f"{entry.name} is read outside {type(owner).__name__}"
+            if wrapped(owner):
+                return f"accelerate brings {entry.name} to its layer"
             vector = entry.tensor.ndim <= 1
             known = linear_like(owner) or isinstance(owner, nn.Embedding) or vector
             if not known:
@@ -78,6 +81,7 @@ class BatchedEngine(Engine):
         cpu = next((e.tensor.device.type for e in view), "cpu") == "cpu"
         self.memory = memory or (CACHED if cpu else MEMORY)
         self._generating = memory or MEMORY
+        self.group: int | None = None  # probes of one forward at most, whatever memory there is
         self._reason: str | None = None  # why probes are evaluated one at a time
         self._compared = False
         self._narrow: list[nn.Module] = []  # of the last layer, where they were found to give the same at labels alone
@@ -95,7 +99,7 @@ class BatchedEngine(Engine):
             self._compare(_few(batch), [probe for probe in probes if probe][:2])
         if self._reason is not None:
             return super().together(batch, probes, held, span)
-        size = max(1, self.memory // self.bytes_of(batch, probes))
+        size = max(1, min(self.memory // self.bytes_of(batch, probes), self.group or len(probes)))
         parts = [probes[lo : lo + size] for lo in range(0, len(probes), size)]
         return [found for part in parts for found in self._reusing(batch, part, held, span)]
 
@@ -113,7 +117,8 @@ class BatchedEngine(Engine):
             self._compare(_few(batch), [probe for probe in probes if probe][:2])
         if self._reason is not None:
             return None
-        size, rows, found = max(1, int(self._generating / longer) // self.bytes_of(batch, probes)), batch["labels"].shape[0], []
+        size = max(1, min(int(self._generating / longer) // self.bytes_of(batch, probes), self.group or len(probes)))
+        rows, found = batch["labels"].shape[0], []
         for lo in range(0, len(probes), size):
             people = Population(probes[lo : lo + size])
             with self._evaluating(), self._seen_by(people, len(people) * rows, head=True):

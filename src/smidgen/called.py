@@ -50,17 +50,27 @@ class CalledObjective:
     def slope(self, direction: Direction) -> tuple[float, float]:
         raise ValueError("a trainer's own loss has no slope by forward mode; use smidgen's loss for this method")
 
+    slope_sums = slope  # what ranks would exchange
+
     def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
         raise ValueError("use the trainer itself for methods with back-propagation")
 
     def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         raise ValueError("a trainer's own loss does not say what reaches the layers; use smidgen's loss for this method")
 
+    def hidden_squares(self, names: Sequence[str]) -> Tensor:
+        """As a ModelObjective."""
+        return hidden_squares(self.engine, self.batches, names)
+
     def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
-        return stds(hidden_squares(self.engine, self.batches, names), names)
+        return stds(self.hidden_squares(names), names)
+
+    def output_squares(self, names: Sequence[str]) -> Tensor:
+        """As a ModelObjective."""
+        return output_squares(self.engine, self.batches, names)
 
     def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
-        return sizes(output_squares(self.engine, self.batches, names), names)
+        return sizes(self.output_squares(names), names)
 
     def perturbed(self, names: Sequence[str], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         raise ValueError("a trainer's own loss has no per-example values; use smidgen's loss for this method")

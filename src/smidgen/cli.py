@@ -14,7 +14,7 @@ from smidgen import __version__
 from smidgen.blank import HELP as BLANK_HELP
 from smidgen.blank import chosen_name
 from smidgen.compare_command import compare, report
-from smidgen.config import ConfigError, UserError, options
+from smidgen.config import ConfigError, UserError, options, speaker
 from smidgen.config_file import load
 from smidgen.plan_command import plan
 from smidgen.tables import table
@@ -118,6 +118,8 @@ def train(
     from smidgen.run import finetune
 
     result = finetune(config, dry_run=dry_run, say=(lambda line: print(line, file=sys.stderr, flush=True)) if as_json else _say)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         _print(result)
     elif dry_run:
@@ -371,9 +373,12 @@ for _verb in (plan, compare, report):
 def _main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that a run's model brings")] = False,
 ) -> None:
     if debug:
         os.environ["SMIDGEN_DEBUG"] = "1"
+    if trust_remote_code:
+        os.environ["SMIDGEN_TRUST_REMOTE_CODE"] = "1"
 
 
 def main() -> None:
@@ -388,7 +393,7 @@ def main() -> None:
     except UserError as error:
         if os.environ.get("SMIDGEN_DEBUG"):
             raise
-        print(f"smidgen: {error}", file=sys.stderr)
+        print(f"{speaker()}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -396,5 +401,5 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SMIDGEN_DEBUG"):
             raise
-        print(f"smidgen: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        print(f"{speaker()}: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
         sys.exit(1)

@@ -6,6 +6,7 @@ Names of methods, schemes and tasks, and the extra keys of ``train``, are checke
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 import typing
@@ -30,6 +31,7 @@ __all__ = [
     "nearest",
     "notice",
     "options",
+    "speaker",
 ]
 
 
@@ -78,8 +80,14 @@ class Interrupted(UserError):  # noqa: N818 - what happened, not what broke
 
 
 def notice(line: str) -> None:
-    """Print one line to stderr: a value was read in another way than it was written, or replaced."""
-    print(line, file=sys.stderr)
+    """Print one line to stderr, by the first of several ranks: a value was read in another way than written, or replaced."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def speaker() -> str:
+    """Who says a line on the console: the command, and of several ranks which."""
+    return f"smidgen (rank {os.environ.get('RANK', '0')})" if os.environ.get("WORLD_SIZE", "1") != "1" else "smidgen"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
@@ -177,6 +185,12 @@ class RunConfig(BaseModel):
     quantise: Literal["nf4", "int8"] | None = Field(
         None, description="hold the linear layers in 4 or 8 bits, never written; scheme full then saves a LoRA adapter"
     )
+    offload: Literal["disk", "host"] | None = Field(
+        None, description="keep weights on disk, or in host memory beside a CUDA device; forward-only, layer by layer"
+    )
+    device_map: Literal["auto"] | None = Field(
+        None, description="auto: accelerate spreads the layers over the devices there are; forward-only"
+    )
     kind: Literal["auto", "causal", "masked", "classification", "seq2seq", "image"] = Field(
         "auto", description="what the model predicts; auto: from its architecture and the data"
     )
@@ -256,6 +270,11 @@ class RunConfig(BaseModel):
         False,
         description="keep the tuned tensors with the best dev figure of all evaluations, and measure the test split there",
     )
+    probes_at_once: int | None = Field(
+        None, ge=1, description="low-rank probes of one forward, at most; none: as many as memory takes"
+    )
+    probe_ranks: int = Field(1, ge=1, description="ranks in a row that see the same rows and share a step's probes; 1: none")
+    check_ranks: int = Field(100, ge=0, description="steps between comparisons of all ranks' weights by hash; 0: none")
     max_bad_steps: int = Field(20, ge=1, description="steps without a finite loss before the run ends")
     output: str | None = Field(None, description="folder of the run")
     resume: bool = Field(False, description="go on with the run in the output folder")

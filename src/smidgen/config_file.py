@@ -117,7 +117,7 @@ def parse_value(text: str) -> Any:
 
     try:
         return yaml.load(text, Loader=_yaml().loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 
@@ -141,17 +141,34 @@ def _read_file(path: Path) -> _Layer:
     try:
         loader = _yaml().loader(path.read_text(encoding="utf-8-sig"))
         node = loader.get_single_node()
+        _refuse_repeats(node, path)
         values = loader.construct_document(node) if node is not None else {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # text that is no UTF-8, numbers beyond Python's, deep lists
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not valid YAML: {str(error)[:200]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a configuration is 'key: value' lines, found {_show(values)}")
     lines = dict(_lines(node, (), path)) if node is not None else {}
     layer = _flatten((), values, str(path))
     return {where: (value, f"{path}:{lines[where]}" if where in lines else place) for where, (value, place) in layer.items()}
+
+
+def _refuse_repeats(node: Any, path: Path) -> None:
+    """Raise ConfigError for a YAML alias of a list or mapping: ten lines of them can stand for a billion values, or for
+    themselves."""
+    seen: set[int] = set()
+    waiting = [] if node is None or node.id == "scalar" else [node]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            raise ConfigError(f"{path}:{one.start_mark.line + 1}: a list or section is used again by its *name: write it out")
+        seen.add(id(one))
+        parts = one.value if one.id == "sequence" else [part for pair in one.value for part in pair]
+        waiting += [part for part in parts if part.id != "scalar"]
 
 
 def _lines(node: Any, where: _KeyPath, path: Path) -> Iterable[tuple[_KeyPath, int]]:
@@ -329,6 +346,9 @@ def _yaml() -> _Yaml:
 
     class Dumper(yaml.SafeDumper):
         """Quotes what either version of YAML would read as something else than text."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True  # they are not read: `_refuse_repeats`
 
     def text(dumper: Any, value: str) -> Any:
         plain = yaml.load(value, Loader=Loader) if re.fullmatch(r"[-+.~\w]*", value) else value

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from smidgen import __version__
+from smidgen import __version__, world
 
 
 def environment() -> dict[str, Any]:
@@ -26,4 +26,5 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "ranks": world.count(),
     }

@@ -16,12 +16,14 @@ def state_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hex SHA-256 over name, dtype, shape and raw bytes of tensors in name order; copies at most 64 MiB at a time."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
+        tensor, give_back = tensors[name].detach(), getattr(tensors[name], "release", None)  # of a tensor on disk
         digest.update(f"{name}\n{str(tensor.dtype).removeprefix('torch.')}\n{list(tensor.shape)}\n".encode())
         for part in _contiguous_parts(tensor):
             raw = part.reshape(-1).view(torch.uint8)
             for chunk in raw.split(_CHUNK):
                 digest.update(chunk.cpu().numpy())
+                if give_back is not None:
+                    give_back()
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,12 @@ def withdraw(folder: Path) -> None:
         folder.rmdir()
 
 
+def done(folder: Path) -> dict[str, Any] | None:
+    """The result of a run that is done, else None."""
+    found = json.loads((folder / RESULT).read_text()) if (folder / RESULT).exists() else {}
+    return found if found.get("status") == "done" else None
+
+
 def resumed(config: RunConfig) -> RunConfig:
     """The configuration of the run that `config` asks to resume. Raises ConfigError where there is none, or it is done."""
     if config.output is None:
@@ -102,10 +109,37 @@ def resumed(config: RunConfig) -> RunConfig:
     folder = Path(config.output)
     if not (folder / RESOLVED).exists():
         raise ConfigError(f"nothing to resume in {folder}: it has no {RESOLVED}")
-    if (folder / RESULT).exists() and json.loads((folder / RESULT).read_text()).get("status") == "done":
+    if done(folder) is not None:
         raise ConfigError(f"the run in {folder} is done: nothing to resume")
     saved = configuration.load(folder / RESOLVED)
     return configuration.with_values(saved, {"resume": True, "output": str(folder)})
+
+
+def left_by(config: RunConfig) -> bool:
+    """Whether the output folder holds a run that is not done and that `config` may have started: all it says stands there."""
+    if config.output is None or not (Path(config.output) / RESOLVED).exists():
+        return False
+    asked = config.model_dump(exclude_defaults=True, exclude={"resume", "force", "output"})
+    return _within(asked, configuration.load(Path(config.output) / RESOLVED).model_dump())
+
+
+def _within(asked: Any, held: Any) -> bool:
+    """Whether every value that was asked for is held; what is held beside was chosen."""
+    if isinstance(asked, dict) and isinstance(held, dict):
+        return all(value is None or (key in held and _within(value, held[key])) for key, value in asked.items())
+    return bool(asked == held)
+
+
+def opened(folder: Path) -> RunConfig:
+    """The configuration of a run that is looked at, not gone on with. Code that its model brings was asked for by whoever
+    trained it, so it has to be asked for again. Raises ConfigError."""
+    config = configuration.load(folder / RESOLVED)
+    if config.trust_remote_code and not os.environ.get("SMIDGEN_TRUST_REMOTE_CODE"):
+        raise ConfigError(
+            f"the run in {folder} says trust_remote_code: its model brings code of its own; read it, then say so yourself: "
+            "smidgen --trust-remote-code COMMAND ..."
+        )
+    return config
 
 
 def explain_last_end(folder: Path) -> None:

@@ -34,7 +34,7 @@ def open_folder(name: str, *, classes: int | None = None) -> tuple[Loaded, RunCo
         result := json.loads((path / folders.RESULT).read_text())
     ):
         raise ConfigError(f"the run in {name} is not done: go on with `smidgen train --resume --output {name}`")
-    config = configuration.load(path / folders.RESOLVED)
+    config = folders.opened(path)
     classes = result.get("classes", classes)
     if config.scheme == "full" and not (path / _over_quantised.ADAPTER).exists():
         return load(configuration.with_values(config, {"model": name, "tokenizer": None}), classes), config
@@ -57,7 +57,7 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """Metrics of a run or model on a split of its own data, or of another task, or of other rows for the same task."""
     path = Path(name) / folders.RESOLVED
-    config = configuration.load(path) if path.exists() else RunConfig(model=name)
+    config = folders.opened(path.parent) if path.exists() else RunConfig(model=name)
     other = task not in (None, config.task)  # another task has other options
     if data is not None or other:
         new = {"task": task or config.task, "data": data, "eval_data": None, "benchmark_split": False, "k_shot": None}

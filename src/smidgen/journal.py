@@ -14,6 +14,7 @@ The file is synced to disk every 5 seconds and when it is closed: a power failur
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -34,6 +35,7 @@ END = 2  # flag of a record without values: the run ended by itself
 MORE = 4  # flag: the step's values go on in the next record
 
 ROOM = (1 << 16) - 1  # values of a record
+_GROUPS = 1 << 16  # parameter groups, at most; chosen: no journal comes near
 
 _PREFIX = struct.Struct("<IHB")
 _SYNC_SECONDS = 5.0
@@ -76,7 +78,7 @@ def encode_header(header: dict[str, Any]) -> bytes:
     return MAGIC + bytes([VERSION]) + struct.pack("<I", len(text)) + text + struct.pack("<I", zlib.crc32(text))
 
 
-def _decode_header(data: bytes, path: Path) -> tuple[dict[str, Any], int]:
+def _decode_header(data: memoryview, path: Path) -> tuple[dict[str, Any], int]:
     if data[:7] != MAGIC:
         raise JournalError(f"{path} is not a smidgen journal")
     if data[7] != VERSION:
@@ -85,7 +87,14 @@ def _decode_header(data: bytes, path: Path) -> tuple[dict[str, Any], int]:
     text, end = data[12 : 12 + length], 12 + length + 4
     if len(data) < end or struct.unpack_from("<I", data, 12 + length)[0] != zlib.crc32(text):
         raise JournalError(f"the header of {path} is damaged: start the run again, or restore the file from a copy")
-    return json.loads(text), end
+    try:
+        header = json.loads(bytes(text))
+        fits = type(header["groups"]) is int and 1 <= header["groups"] <= _GROUPS
+    except (ValueError, KeyError, TypeError, RecursionError):
+        fits = False
+    if not fits:
+        raise JournalError(f"the header of {path} is none that smidgen writes: restore the file from a copy")
+    return header, end
 
 
 @dataclass
@@ -116,7 +125,7 @@ class Transcript:
 
 def read(path: Path, *, stop: int | None = None) -> Transcript:
     """Read and verify a journal, up to `stop` steps. A torn tail is left out; a damaged record raises JournalError."""
-    data = path.read_bytes()
+    data = memoryview(path.read_bytes())  # slices of it are no copies
     if len(data) < 12:
         raise JournalError(f"{path} is not a smidgen journal: only {len(data)} bytes")
     header, at = _decode_header(data, path)
@@ -158,11 +167,40 @@ def _damaged(path: Path, step: int) -> JournalError:
     )
 
 
-class Writer:
+class Witness:
+    """A rank that writes nothing: it takes the same records and keeps their hash, to compare it with the writer's."""
+
+    def __init__(self, records: Sequence[Record] = ()):
+        self.records, self._digest = 0, hashlib.sha256()
+        for record in records:
+            self._take(record.encode())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all records so far."""
+        return self._digest.hexdigest()
+
+    def _take(self, data: bytes) -> None:
+        self._digest.update(data)
+        self.records += 1
+
+    def append(self, lrs: Sequence[float], values: Sequence[float], flags: int = 0) -> None:
+        """One more record."""
+        self._take(Record(self.records, tuple(lrs), tuple(values), flags).encode())
+
+    def sync(self) -> None:
+        """Nothing is to be written."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Writer(Witness):
     """Appends records. Use as a context manager; close() syncs."""
 
-    def __init__(self, path: Path, groups: int, records: int):
-        self.path, self.groups, self.records = path, groups, records
+    def __init__(self, path: Path, groups: int, records: Sequence[Record] = ()):
+        super().__init__(records)
+        self.path, self.groups = path, groups
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._synced = time.monotonic()
 
@@ -178,7 +216,7 @@ class Writer:
             temporary.unlink()
             raise JournalError(f"{path} exists: continue that run with --resume, or choose another --output")
         temporary.rename(path)
-        return cls(path, int(header["groups"]), 0)
+        return cls(path, int(header["groups"]))
 
     @classmethod
     def resume(cls, transcript: Transcript) -> Writer:
@@ -187,7 +225,7 @@ class Writer:
         if transcript.ended:
             end -= record_bytes(0, int(transcript.header["groups"]))
         os.truncate(transcript.path, end)
-        return cls(transcript.path, int(transcript.header["groups"]), len(transcript.steps()))
+        return cls(transcript.path, int(transcript.header["groups"]), transcript.steps())
 
     def append(self, lrs: Sequence[float], values: Sequence[float], flags: int = 0) -> None:
         """Write one record with one system call."""
@@ -196,7 +234,7 @@ class Writer:
         if written != len(data):  # disk full: leave no torn record behind
             os.ftruncate(self._file, os.fstat(self._file).st_size - written)
             raise OSError(28, "No space left on device", str(self.path))
-        self.records += 1
+        self._take(data)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
 

@@ -73,7 +73,8 @@ class LookedUp(Tensor):
                 ids, table = args[0], args[1] if len(args) > 1 else kwargs["weight"]
                 if isinstance(table, cls) and not isinstance(ids, cls):
                     padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
-                    found = table.lens.rows(table.entry, ids.reshape(-1), padding)
+                    home = table.entry.tensor.device  # where accelerate spreads a model, not always that of the ids
+                    found = table.lens.rows(table.entry, ids.reshape(-1).to(home), padding).to(ids.device)
                     return found.view(*ids.shape, found.shape[-1])
             if getattr(func, "__name__", "") == "__get__":
                 return func(*args, **kwargs)
@@ -102,6 +103,7 @@ class LensedHead:
         self._lens, self._entry_of, self._scratch = lens, entry_of, scratch
         self._weight, self._bias = module.weight, module.bias
         self.rows, self.width = module.weight.shape
+        self._give_back = getattr(module.weight, "release", None)  # of a head on disk
 
     def _changed(self, parameter: Tensor) -> Entry | None:
         entry = self._entry_of(parameter)
@@ -112,6 +114,8 @@ class LensedHead:
         return block if entry is None else self._lens.block(entry, block, self._scratch(slot, block), first=first)
 
     def block(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        if self._give_back is not None:
+            self._give_back()  # the block before
         bias = None if self._bias is None else self._block(self._bias, first, stop, "head bias")
         return self._block(self._weight, first, stop, "head"), bias
 

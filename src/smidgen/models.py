@@ -25,6 +25,7 @@ from smidgen.kinds import Kind, classifies, detect_kind, head_of
 from smidgen.pixels import load_processor
 from smidgen.quantising import BYTES, HEADS, bitsandbytes_request
 from smidgen.stored import stored_bytes
+from smidgen.untrusted import check_folder
 
 __all__ = [
     "available_memory",
@@ -206,6 +207,8 @@ def load_model(
     own_tokenizer: str | None = None,
     trust_remote_code: bool = False,
     notify: Callable[[str], None] = notice,
+    device_map: Any = None,
+    offload_folder: Path | None = None,
 ) -> tuple[Any, Any, Kind]:
     """(model in eval mode, tokenizer or image processor, kind), through transformers' Auto classes.
 
@@ -214,9 +217,11 @@ def load_model(
     of a blank model all are drawn, and those of its embeddings named. own_tokenizer: folder or hub id, None: the model's.
     quantise 'nf4' (double quantisation, as in QLoRA) or 'int8': linear layers but the output head are held in that form by
     bitsandbytes, quantised on `device` one by one; all other tensors have `dtype`. A checkpoint that is quantised stays so.
-    Memory: the weights once in RAM, and once on `device` if that is another. Raises ConfigError.
+    Memory: the weights once in RAM, and once on `device` if that is another; with `device_map`, where accelerate puts them,
+    `offload_folder` among it. Raises ConfigError.
     """
     location = resolve(name)
+    check_folder(Path(location))
     config = load_config(name, own_tokenizer, trust_remote_code=trust_remote_code)
     chosen: Kind = detect_kind(config, num_labels is not None) if kind == "auto" else kind  # type: ignore[assignment]
     auto_class = head_of(name, config, chosen, trust_remote_code=trust_remote_code)
@@ -235,6 +240,8 @@ def load_model(
         options["quantization_config"] = bitsandbytes_request(quantise, compute, HEADS if classifies(chosen) else None)
     if quantise is not None or stored:
         options["device_map"] = {"": str(device)}
+    if device_map is not None:
+        options |= {"device_map": device_map, "offload_folder": None if offload_folder is None else str(offload_folder)}
     if chosen == "image":
         with _readable(name, "its image processor"):
             tokenizer = load_processor(location, **_origin(location, trust_remote_code))
@@ -255,7 +262,13 @@ def load_model(
     if chosen == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last token of a row by it
     model.smidgen_fresh = fresh
-    if "device_map" in options:
+    if device_map is not None and fresh:
+        raise ConfigError(
+            f"{fresh[0]} is not in the checkpoint of '{name}' and would have to be drawn: leave out offload and device_map"
+        )
+    if device_map is not None:
+        pass  # where accelerate put it
+    elif "device_map" in options:
         quantised.refuse_unknown(model)
         quantised.steady(model)
     else:

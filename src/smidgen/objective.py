@@ -12,6 +12,7 @@ Data-parallel ranks: `smidgen.ranks`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -74,22 +75,20 @@ class ModelObjective:
         self.engine, self.batches, self.key = engine, batches, key
         self.held = [Held() for _ in batches]
 
-    def examples(self) -> int:
-        """Number of examples of this rank."""
-        return sum(map(examples_of, self.batches))
-
-    def sums(self, probes: Sequence[Probe], *, each: bool = False, span: Span | None = None) -> Sums:
-        """Loss sums and weights before division: what ranks exchange. `span`: which examples of the step these are."""
-        span, found = span or Span(0, self.examples()), []
-        for batch, held in zip(self.batches, self.held, strict=True):
-            found.append(self.engine.together(batch, probes, held, span))
-            span = Span(span.first + examples_of(batch), span.total)
+    def sums(self, probes: Sequence[Probe], *, each: bool = False, spans: Sequence[Span] | None = None) -> Sums:
+        """Loss sums and weights before division: what ranks exchange. `spans`: which examples of the step each micro-batch
+        holds, where it is not all of them in order."""
+        found = self.engine.every(self.batches, probes, self.held, spans or self._spans())
         totals, weights = [], []
         for micro in zip(*found, strict=True):  # the micro-batches of one probe
             sums, counts = zip(*(_sums(losses, each) for losses in micro), strict=True)
             totals.append(torch.cat(sums) if each else torch.stack(sums).sum(0))
             weights.append(torch.cat(counts) if each else torch.stack(counts).sum(0))
         return torch.stack(totals), torch.stack(weights)
+
+    def _spans(self) -> list[Span]:
+        lengths = [examples_of(batch) for batch in self.batches]
+        return [Span(sum(lengths[:at]), sum(lengths)) for at in range(len(lengths))]
 
     def losses(self, probes: Sequence[Probe], *, each: bool = False) -> Tensor:
         total, weight = self.sums(probes, each=each)
@@ -125,14 +124,15 @@ class ModelObjective:
     def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
         return sizes(self.output_squares(names), names)
 
-    def perturbed_sums(self, names: Sequence[str], draw: Draw, span: Span | None = None) -> tuple[Sums, dict[str, Tensor]]:
-        """Loss sums and weights of both signs, and the inputs, for the examples of this rank."""
-        span, pairs, inputs = span or Span(0, self.examples()), [], []
-        for batch in self.batches:
+    def perturbed_sums(
+        self, names: Sequence[str], draw: Draw, spans: Sequence[Span] | None = None
+    ) -> tuple[Sums, dict[str, Tensor]]:
+        """Loss sums and weights of both signs, and the inputs, for the examples of this rank; `spans`: as of `sums`."""
+        pairs, inputs = [], []
+        for batch, span in zip(self.batches, spans or self._spans(), strict=True):
             found, entered = perturbed(self.engine, batch, names, draw, span)
             pairs.append(torch.stack([torch.stack(_sums(losses, each=True)) for losses in found]))
             inputs.append(entered)
-            span = Span(span.first + examples_of(batch), span.total)
         total, weight = torch.cat(pairs, 2).unbind(1)
         return (total, weight), {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
 
@@ -140,7 +140,16 @@ class ModelObjective:
         (total, weight), inputs = self.perturbed_sums(names, draw)
         return total / weight, inputs
 
+    def weight(self) -> int:
+        """Number of losses that the mean is over."""
+        return sum(labels_of(batch, self.engine) for batch in self.batches)
+
     def backward(self, names: Iterable[str] | None = None, *, dropout: bool = True) -> float:
+        weight = self.weight()
+        return self.shares(names, dropout=dropout, divisor=weight) / weight
+
+    def shares(self, names: Iterable[str] | None, *, dropout: bool, divisor: float) -> float:
+        """The sum of the losses; into `.grad` go the gradients of that sum over `divisor`. What a rank has of the whole."""
         view, model = self.engine.view, self.engine.model
         chosen = None if names is None else set(names)
         for entry in view:
@@ -155,18 +164,19 @@ class ModelObjective:
         mode = model.training
         model.train(dropout)
         try:
-            weight = sum(labels_of(batch, self.engine) for batch in self.batches)
             total = 0.0
-            for batch in self.batches:
-                loss = self.engine.differentiable(batch).nll.sum()
-                (loss / weight).backward()
+            pause = getattr(self.engine.wrapped, "no_sync", contextlib.nullcontext)
+            for at, batch in enumerate(self.batches):
+                with pause() if at + 1 < len(self.batches) else contextlib.nullcontext():  # averages in the last one
+                    loss = self.engine.differentiable(batch).nll.sum()
+                    (loss / divisor).backward()
                 self.engine.backwards += 1
                 total += loss.detach().double().item()
         finally:
             model.train(mode)
             for tensor in frozen:
                 tensor.requires_grad_(True)
-        return total / weight
+        return total
 
 
 def _sums(found: Losses, each: bool) -> Sums:

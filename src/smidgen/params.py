@@ -8,6 +8,7 @@ and `edit_` are the only writers of tuned weights; all compute in float32 and ro
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from smidgen import noise
 from smidgen.addend import Addend, refusal
 from smidgen.directions import Masked, OnePass, Probe, restrict, width
+from smidgen.placed import home
 
 Rounding = Literal["stochastic", "nearest"]
 
 _BLOCK = 1 << 20  # elements of float32 workspace in the general update path (4 MB); chosen
+_SHELVED = 1 << 22  # elements of a tensor on disk that an update holds in memory (16 MB in float32); chosen
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 
 
@@ -157,7 +160,8 @@ class ParamView:
                 name = canonical(f"{prefix}.{attribute}" if prefix else attribute)
                 if tuned is not None and not tuned(name):
                     continue
-                entry = found.setdefault(id(parameter), Entry(name, tensor_id(name), parameter))
+                tensor = home(module, attribute, parameter)
+                entry = found.setdefault(id(tensor), Entry(name, tensor_id(name), tensor))
                 entry.sites.append((module, attribute))
         return cls(found.values())
 
@@ -217,9 +221,16 @@ class ParamView:
             entry.addend.take_(entry.name, probe, decay)
             return
         weight = entry.storage if entry.tensor.is_contiguous() else entry.storage.contiguous()
-        whole = OnePass.of(probe, entry.name)
+        whole, give_back = OnePass.of(probe, entry.name), getattr(entry.tensor, "release", None)
         if whole is not None:
-            noise.update_(weight, whole.terms, whole.distribution, decay=decay, rounding=rounding, at=at, keep=whole.keep)
+            many = max(1, _SHELVED // width(weight)) if give_back and weight.ndim and whole.keep is None else 0
+            parts = zip(itertools.count(0, many * width(weight)), weight.split(many), strict=False) if many else [(0, weight)]
+            for start, part in parts:
+                noise.update_(
+                    part, whole.terms, whole.distribution, decay=decay, rounding=rounding, at=at, keep=whole.keep, start=start
+                )
+                if give_back:
+                    give_back()
         else:
             if decay != 1.0 and any(isinstance(z, Masked) for z, _ in probe):
                 raise ValueError(f"decay of {entry.name!r} is not defined where its directions differ in their masks")

@@ -45,8 +45,10 @@ from smidgen.loss import (
     head_nll_differentiable,
     targets,
 )
+from smidgen.modes import evaluation_mode
 from smidgen.params import Entry, ParamView
 from smidgen.per_example import Span, known, one_by_one, varies
+from smidgen.placed import around, homes, wrapped
 from smidgen.readers import ALIGN, Reader, Readers, aligned, output_head, unwrapped
 from smidgen.reuse import Held, Reuse
 
@@ -72,12 +74,13 @@ class Engine:
         self.backwards = 0  # back-propagations so far
         self.jvps = 0  # evaluations in forward mode so far; `forwards` counts each as one too
         self.bad_steps = 0  # steps without a finite loss so far
+        self.wrapped: nn.Module | None = None  # what back-propagation runs instead of the model: it averages over ranks
         self._entries = {id(e.tensor): e for e in view}
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._accepted = set(inspect.signature(unwrapped(model).forward).parameters)
         # The output head over the vocabulary, None where there is none; own_head: the model has to run it by itself.
         self.head = output_head(model) if kind != "classification" else None
-        self.own_head = self.head is not None and not isinstance(self.head, nn.Linear)
+        self.own_head = self.head is not None and (not isinstance(self.head, nn.Linear) or homes(self.head) is not None)
         self.readers = Readers(model, view)
         self.reuse = Reuse(view)
         self._checked = False
@@ -122,7 +125,7 @@ class Engine:
     def _through(self, lens: Lens, *, head: bool) -> Iterator[None]:
         """Inside this context modules see their tuned tensors through a lens."""
         saved: list[tuple[nn.Module, str, Tensor]] = []
-        handles = []
+        handles, undo = [], []
         try:
             for reader in self.readers:
                 if not head and reader.module is self.head:
@@ -133,14 +136,19 @@ class Engine:
                 if reader.module is None:
                     enter()
                     continue
-                handles.append(reader.module.register_forward_pre_hook(enter))
-                handles.append(reader.module.register_forward_hook(leave))
+                if wrapped(reader.module):
+                    undo.append(around(reader.module, enter, leave))
+                else:
+                    handles.append(reader.module.register_forward_pre_hook(enter))
+                    handles.append(reader.module.register_forward_hook(leave))
                 if held := {a: e for e, _, a in reader.tensors if e.addend is not None and lens.touches(e.name)}:
                     handles.append(reader.module.register_forward_hook(lens.beside(held)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for back in undo:
+                back()
             for owner, attribute, tensor in saved:
                 owner._parameters[attribute] = tensor  # type: ignore[assignment]
 
@@ -148,16 +156,17 @@ class Engine:
         self, reader: Reader, lens: Lens, saved: list[tuple[nn.Module, str, Tensor]]
     ) -> tuple[Callable[..., None], Callable[..., None]]:
         tensors = [(e, owner, a) for e, owner, a in reader.tensors if e.addend is None and lens.touches(e.name)]
-        originals = [(owner, a, owner._parameters[a]) for _, owner, a in tensors]
-        saved.extend(originals)  # type: ignore[arg-type]
+        saved.extend((owner, a, owner._parameters[a]) for _, owner, a in tensors)  # type: ignore[misc]
+        originals: list[tuple[nn.Module, str, Any]] = []  # as they are when the module runs: accelerate brings some
         slot = reader.name if reader.nested else "common"
         total = reader.nbytes()
         rows_only = isinstance(reader.module, nn.Embedding) and reader.module.max_norm is None  # max_norm writes
 
         def enter(*_: Any) -> None:
             offset = 0
+            originals[:] = [(module, name, module._parameters[name]) for _, module, name in tensors]
             for entry, owner, attribute in tensors:
-                weight = entry.storage
+                weight = owner._parameters[attribute].detach()  # type: ignore[union-attr]
                 if rows_only and attribute == "weight" and owner is reader.module:
                     table = torch.Tensor._make_subclass(LookedUp, weight)
                     table.lens, table.entry = lens, entry
@@ -194,6 +203,12 @@ class Engine:
         """`losses` of several probes. Where examples have directions of their own, `span` says which examples of the step
         these are; each is then evaluated alone, together counted as one forward a probe."""
         return [self._apart(batch, probe, span) if varies([probe]) else self.losses(batch, probe, held) for probe in probes]
+
+    def every(
+        self, batches: Sequence[Batch], probes: Sequence[Probe], held: Sequence[Held], spans: Sequence[Span]
+    ) -> list[list[Losses]]:
+        """`together` for several micro-batches."""
+        return [self.together(b, probes, h, s) for b, h, s in zip(batches, held, spans, strict=True)]
 
     def _apart(self, batch: Batch, probe: Probe, span: Span | None) -> Losses:
         before = self.forwards
@@ -238,7 +253,7 @@ class Engine:
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         """No gradient, dropout off, fast linear layers."""
-        with torch.no_grad(), _evaluation_mode(self.model), fast(self._linear):
+        with torch.no_grad(), evaluation_mode(self.model), fast(self._linear):
             yield
 
     def choice_scores(self, batch: Batch, probe: Probe = ()) -> Tensor:
@@ -257,7 +272,7 @@ class Engine:
     def call(self, loss: Callable[[], Tensor], probe: Probe = ()) -> Tensor:
         """Any loss of the model, called unchanged at theta + probe (a trainer's own `compute_loss`)."""
         self.forwards += 1
-        with torch.no_grad(), _evaluation_mode(self.model), self.displaced(probe):
+        with torch.no_grad(), evaluation_mode(self.model), self.displaced(probe):
             return loss()
 
     def differentiable(self, batch: Batch) -> Losses:
@@ -295,7 +310,7 @@ class Engine:
         if self.head is not None:
 
             def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                picked = _of_row(args[0], where)[where.keep]
+                picked = _of_row(args[0], where)[where.keep.to(args[0].device)]
                 caught.append(picked)
                 return (picked[None] * factor if self.own_head else args[0][:, :0], *args[1:])
 
@@ -318,14 +333,14 @@ class Engine:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
         self.forwards += 1
         self.tokens += inputs["input_ids"].numel() if "input_ids" in inputs else 0
-        return self.model(**inputs)
+        return (self.wrapped if self.wrapped is not None and torch.is_grad_enabled() else self.model)(**inputs)
 
     # -- self-check ---------------------------------------------------------------------------------------------------
 
     def check(self, run: Callable[[], Any]) -> None:
         """Find the module that reads each tuned tensor by calling `run`, one evaluation; see `smidgen.readers`."""
         counts = self.forwards, self.tokens
-        with torch.no_grad(), _evaluation_mode(self.model):
+        with torch.no_grad(), evaluation_mode(self.model):
             self.readers.locate(run)
         self.forwards, self.tokens = counts
 
@@ -351,7 +366,7 @@ class Engine:
         where = targets(few["labels"], self.kind)
         self.check(lambda: self._hidden(few, where))
         if self._applies_head_itself():
-            with torch.no_grad(), _evaluation_mode(self.model):
+            with torch.no_grad(), evaluation_mode(self.model):
                 hidden, unused = self._hidden(few, where)
                 if unused is None:
                     ours = F.linear(hidden * _LARGE, self.head.weight, self.head.bias)  # type: ignore[union-attr,arg-type]
@@ -361,21 +376,6 @@ class Engine:
             if self.own_head:
                 log.warning("the model changes the logits after its head: the head is run whole, on label positions only")
             self.forwards, self.tokens = counts
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off; the modes of all modules are put back."""
-    if not model.training:
-        yield
-        return
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _class_losses(logits: Tensor, batch: Batch) -> Losses:

@@ -10,10 +10,19 @@ from typing import Any
 import transformers
 
 from smidgen import folder as folders
-from smidgen import memory
+from smidgen import memory, world
 from smidgen.signals import Signals
 
 Say = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """What ranks other than the first say."""
+
+
+def say_aloud(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
 
 
 class Progress(transformers.TrainerCallback):
@@ -27,13 +36,16 @@ class Progress(transformers.TrainerCallback):
         self._spent = self._since = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folders.rewind_metrics(self.folder, state.global_step)
+        if state.is_world_process_zero:
+            folders.rewind_metrics(self.folder, state.global_step)
         self._spent = next(
             ((v["seconds"], v["cpu_seconds"]) for v in reversed(folders.metrics(self.folder)) if "seconds" in v), (0.0, 0.0)
         )
         self._since = _clocks()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         logs = {k: v for k, v in (logs or {}).items() if k != "total_flos"}
         if "loss" in logs:
             logs["mem/peak_mb"] = round(memory.peak() / 2**20, 1)
@@ -49,7 +61,8 @@ class Progress(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = _clocks()
         self._spent = self._spent[0] + now[0] - self._since[0], self._spent[1] + now[1] - self._since[1]
-        if self.signals.received and state.global_step < state.max_steps:
+        told = bool(self.signals.received) if world.count() == 1 else world.traffic.stop
+        if told and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_evaluate = control.should_log = False
             control.should_save = self.saves

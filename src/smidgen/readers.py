@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smidgen.config import ConfigError
 from smidgen.params import Entry, ParamView
+from smidgen.placed import homes
 
 log = logging.getLogger("smidgen")
 
@@ -173,7 +174,7 @@ class Readers:
 
         try:
             for reader in self:
-                if reader.module is not None:
+                if reader.module is not None and homes(reader.module) is None:  # else accelerate takes them away itself
                     enter, leave = hooks(reader)
                     poison(reader)
                     handles.append(reader.module.register_forward_pre_hook(enter))

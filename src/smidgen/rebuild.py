@@ -38,7 +38,7 @@ def replay(base: str, run: Path, to: Path, *, at: int | None = None) -> dict[str
     if at is None and (line := transcript.cut_notice()) is not None:
         notice(line)
     head = transcript.header
-    config = configuration.with_values(configuration.load(run / folders.RESOLVED), {"model": base})
+    config = configuration.with_values(folders.opened(run), {"model": base})
     if config.threads is None:
         torch.set_num_threads(int(head["threads"]))
     transformers.utils.logging.set_verbosity_error()

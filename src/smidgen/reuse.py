@@ -81,7 +81,7 @@ class Reuse:
         keep = [p for p in self._wanted if start < p <= depth]
         known = not start or start in self._proven
         try:
-            with self._skipping(start, state), self._keeping(held, keep):
+            with self.skipping(start, state), self._keeping(held, keep):
                 found = run()
         except (AttributeError, IndexError, TypeError, ValueError):  # a layer misses what one below hands on beside its tensor
             if known:
@@ -110,7 +110,7 @@ class Reuse:
         state = held.get(start, self._version(start))
         if state is None:
             state = self._below(held, start, base)
-        with self._skipping(start, state.repeat(copies, *[1] * (state.ndim - 1))):
+        with self.skipping(start, state.repeat(copies, *[1] * (state.ndim - 1))):
             yield
 
     def _below(self, held: Held, start: int, base: Callable[[], Any]) -> Tensor:
@@ -165,8 +165,13 @@ class Reuse:
         """Grows with every write to a tensor below a depth."""
         return sum(e.version for e in self.view if self._depths[e.name] < depth)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The stack, in order; empty where there is none, or it is not known yet."""
+        return self._layers or []
+
     @contextlib.contextmanager
-    def _skipping(self, start: int, state: Tensor | None) -> Iterator[None]:
+    def skipping(self, start: int, state: Tensor | None) -> Iterator[None]:
         """Layers below `start` pass their input on; the last of them returns `state`."""
         assert self._layers is not None
         saved = []

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,28 @@ from typing import Any
 import torch
 import transformers
 
-from smidgen import activations, adapt, data, head_start, memory, models, optim, quantised
+from smidgen import activations, adapt, data, head_start, memory, models, optim, quantised, residence, world
 from smidgen import config_file as configuration
 from smidgen import folder as folders
 from smidgen.best import Best, check_best
 from smidgen.card import model_card
 from smidgen.chat import FORMS, give_form
-from smidgen.config import Interrupted, MemoryRefused, RunConfig, UserError, notice
+from smidgen.config import ConfigError, Interrupted, RunConfig, notice
+from smidgen.endings import Start, explained
 from smidgen.environment import environment
 from smidgen.evaluate import HEADLINES, Evaluation, evaluation
-from smidgen.exhausted import check, explain
+from smidgen.exhausted import check
 from smidgen.goal import GENERATED, choose_goal, failed, packable, prepare, reward_of, settled
 from smidgen.kinds import Kind, detect_kind, head_of
 from smidgen.moving import Moving
 from smidgen.pairs import PairEvaluation
 from smidgen.params import canonical
 from smidgen.pixels import check_rows, name_classes
-from smidgen.progress import Progress, Say, line
+from smidgen.progress import Progress, Say, line, say_aloud, silent
 from smidgen.provenance import weights_sha256
 from smidgen.settings import (
     activations_config,
+    check_places,
     check_quantise,
     check_start,
     choose,
@@ -42,6 +43,7 @@ from smidgen.settings import (
     memory_line,
     options_of,
     room,
+    same_rows,
     scheme_config,
     tokenizer_of,
     training_arguments,
@@ -69,20 +71,22 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(config: RunConfig, classes: int | None) -> Loaded:
-    """The model of a configuration under its scheme; classes: of labelled rows, else None. Raises ConfigError."""
+def load(config: RunConfig, classes: int | None, folder: Path | None = None) -> Loaded:
+    """The model of a configuration under its scheme; classes: of labelled rows, else None; folder: of the run, where
+    weights that stay on disk lie, None: all are in memory. Raises ConfigError."""
     options = scheme_config(config)
     model, tokenizer, kind = models.load_model(
         config.model,
         config.kind,
         config.dtype,
         classes,
-        device(),
         seed=config.seed % 2**63,
         quantise=config.quantise,
         own_tokenizer=config.tokenizer,
         trust_remote_code=config.trust_remote_code,
+        **residence.loading(config, folder, device()),
     )
+    residence.settle(config, model, folder, device())
     if config.chat in FORMS:
         give_form(tokenizer, config.chat)
     limit = models.context_length(model.config, tokenizer if kind != "image" else None)
@@ -95,18 +99,27 @@ def load(config: RunConfig, classes: int | None) -> Loaded:
     return Loaded(adapted, tokenizer, kind, context, asked, drawn)
 
 
-def say_aloud(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
-
-
 def finetune(config: RunConfig, *, dry_run: bool = False, test: bool = True, say: Say = say_aloud) -> dict[str, Any]:
     """Train as configured and return the content of result.json. Everything that can be refused is refused before the
     folder is touched. test: whether the test rows are read, once, at the end: a trial of a search leaves them alone.
-    Raises UserError, whose `exit_code` is the command's."""
+    On several ranks of torch.distributed each process calls this; rank 0 writes the folder. Raises UserError, whose
+    `exit_code` is the command's."""
+    world.join(float(config.train.extra.get("ddp_timeout", world.TIMEOUT)))
+    if not world.leads():
+        say = silent
+    world.agree({"configuration": configuration.dump(config)})
+    if world.restarted() and not config.resume and folders.left_by(config):
+        if (found := folders.done(Path(str(config.output)))) is not None:
+            return found  # it was whole when a process failed
+        config = configuration.with_values(config, {"resume": True})
+    if world.count() > 1 and config.output is None:
+        raise ConfigError(f"{world.count()} ranks write one run: name its folder, which all of them see, with --output")
     config = folders.resumed(config) if config.resume else filled(config, say)
+    if config.resume:
+        config = same_rows(config, Path(str(config.output)))
     scheme_config(config)
     check_quantise(config)
+    check_places(config)
     check_start(config)
     activations_config(config)
     method_config(config.method, config.preset, config.method_args)
@@ -114,7 +127,7 @@ def finetune(config: RunConfig, *, dry_run: bool = False, test: bool = True, say
     folder = Path(config.output) if config.output else folders.default_output(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    if not config.resume:
+    if not config.resume and world.leads():
         folders.refuse_occupied(folder, config.force)
     say(memory_line(config, device()))
     corpus = data.open_corpus(config, notify=notice)
@@ -132,8 +145,11 @@ def finetune(config: RunConfig, *, dry_run: bool = False, test: bool = True, say
     if dry_run:
         rows = "unknown" if config.streaming else len(examples)
         return {"status": "dry run", "output": str(folder), "rows": rows, "config": configuration.dump(config)}
-    with folders.locked(folder), Signals() as signals, _explained(config, folder) as start:
-        return _train(config, start, corpus, examples, goal, arguments, test, signals, say)
+    with folders.locked(folder) if world.leads() else contextlib.nullcontext(), Signals() as signals:
+        world.traffic.asked = lambda: signals.received is not None
+        world.from_first([])  # the others go on once the folder is rank 0's
+        with explained(config, folder, device()) as start, world.together():
+            return _train(config, start, corpus, examples, goal, arguments, test, signals, say)
 
 
 def _check_kind(config: RunConfig, corpus: data.Corpus) -> Kind:
@@ -146,49 +162,9 @@ def _check_kind(config: RunConfig, corpus: data.Corpus) -> Kind:
     return kind
 
 
-@dataclass
-class _Start:
-    """One start of a run in its folder."""
-
-    folder: Path
-    begun: bool  # whether anything of it stands in the folder; until then a refusal leaves the folder as it was
-
-
-@contextlib.contextmanager
-def _explained(config: RunConfig, folder: Path) -> Iterator[_Start]:
-    """Turn the ends that a run can meet into a sentence with an exit code, and note them in result.json."""
-    start = _Start(folder, begun=config.resume)
-    try:
-        try:
-            yield start
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise
-            raise UserError(
-                f"{error.strerror} while writing {error.filename or folder}: the steps made are kept in the journal or the "
-                f"last checkpoint; make room and run `smidgen train --resume --output {folder}`"
-            ) from error
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise MemoryRefused(explain(config, error, folder, start.begun, device())) from error
-        except RuntimeError as error:
-            if "not enough memory" in str(error):
-                raise MemoryRefused(explain(config, error, folder, start.begun, device())) from error
-            if "No space left" in str(error):
-                raise UserError(str(error)) from error
-            raise
-    except UserError as error:
-        status = {4: "diverged", 75: "interrupted"}.get(error.exit_code, "failed")
-        with contextlib.suppress(OSError):
-            if start.begun:
-                folders.write_json(folder / folders.RESULT, {"status": status, "reason": str(error)})
-            else:
-                folders.withdraw(folder)
-        raise
-
-
 def _train(
     config: RunConfig,
-    start: _Start,
+    start: Start,
     corpus: data.Corpus,
     examples: Any,
     goal: str,
@@ -198,7 +174,7 @@ def _train(
     say: Say,
 ) -> dict[str, Any]:
     folder = start.folder
-    if config.resume:
+    if config.resume and world.leads():
         folders.explain_last_end(folder)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -206,10 +182,12 @@ def _train(
     baseline = memory.resident()
     memory.reset_peak()
     classes = None if corpus.words is None else len(corpus.words)
-    loaded = load(config, classes)
+    loaded = load(config, classes, folder)
     adapted, tokenizer, kind = loaded.adapted, loaded.tokenizer, loaded.kind
     named = name_classes(adapted.model, corpus.words or ()) if kind == "image" else {}
     moving = adapted if isinstance(adapted, Moving) else None
+    if config.best and world.count() > 1:
+        raise ConfigError(f"best = true is for one process, and these are {world.count()} ranks: leave best out")
     if config.best:
         addends = any(e.addend for e in adapted.view)
         check_best(config.method, optim.get(config.method).build.lazy, moving is not None, addends)
@@ -266,28 +244,33 @@ def _train(
         build=prepared.build,
         facts={"classes": classes},
         activations=policy,
+        probe_ranks=config.probe_ranks,
+        check_ranks=config.check_ranks,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # our lines instead
     trainer.create_optimizer()
     assert trainer.engine is not None
     trainer.engine.reuse.every = config.reuse
+    trainer.engine.group = config.probes_at_once
     if not config.resume:  # whatever can be refused has been
         start.begun = True
-        if config.force:
-            folders.clear(folder)
-        folders.write_json(folder / folders.ENVIRONMENT, environment())
-        folders.write_text(
-            folder / folders.RESOLVED, configuration.dump(configuration.with_values(config, {"output": str(folder)}))
-        )
+        if world.leads():
+            if config.force:
+                folders.clear(folder)
+            folders.write_json(folder / folders.ENVIRONMENT, environment())
+            written = configuration.dump(configuration.with_values(config, {"output": str(folder)}))
+            folders.write_text(folder / folders.RESOLVED, written)
     tuned, total = adapted.view.numel(), quantised.numel(adapted.model)
     steps, count = arguments.max_steps, "streamed" if config.streaming else len(rows)  # type: ignore[arg-type]
     say(f"{config.method} on {tuned:,} of {total:,} weights ({kind}, {config.scheme}): {count} rows, {steps} steps")
     before = next((v["before"] for v in folders.metrics(folder) if "before" in v), None) if config.resume else None
-    if before is None:
+    if not world.from_first([before is not None])[0]:
         before = trainer.measure(splits["dev"])
-        folders.append_metrics(folder, {"step": 0, "before": before})
+        if world.leads():
+            folders.append_metrics(folder, {"step": 0, "before": before})
+    before = before or {}  # a rank that does not see the folder writes nothing
     say("before  " + line({f"eval_{k}": v for k, v in before.items()}))
-    metric = next(name for name in HEADLINES if name in before)
+    metric = next((name for name in HEADLINES if name in before), "loss")
     best = Best(folder, adapted.view, metric, lambda: trainer.engine.forwards) if config.best else None  # type: ignore[union-attr]
     if best is not None:
         trainer.add_callback(best)
@@ -295,7 +278,8 @@ def _train(
             best.look(0, before)
     started, worked = time.perf_counter(), time.process_time()
     first = head_start.begin(config, trainer, loaded, prepared, corpus, splits["dev"], say)
-    trainer.train(resume_from_checkpoint=True if config.resume else None)
+    begun = (folder / folders.JOURNAL).exists() or not trainer.journalled  # else it ended before its first step
+    trainer.train(resume_from_checkpoint=True if config.resume and begun else None)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     if signals.received and trainer.state.global_step < arguments.max_steps:
         raise Interrupted(
@@ -306,8 +290,9 @@ def _train(
     trainer.save_state()
     after = {name: trainer.measure(split) for name, split in splits.items()}
     say("after   " + line({f"eval_{k}": v for k, v in after["dev"].items()}))
-    folders.publish(adapted, tokenizer, folder)
-    trainer.mark_end()
+    if world.leads():
+        folders.publish(adapted, tokenizer, folder)
+        trainer.mark_end()
     engine, sha256 = trainer.engine, weights_sha256(adapted.view)
     assert engine is not None
     if best is not None:
@@ -346,8 +331,9 @@ def _train(
         "versions": environment()["versions"],
         "output": str(folder),
     }
-    folders.write_json(folder / folders.RESULT, result)
-    folders.write_text(folder / folders.CARD, model_card(config, result))
+    if world.leads():
+        folders.write_json(folder / folders.RESULT, result)
+        folders.write_text(folder / folders.CARD, model_card(config, result))
     return result
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from pydantic import ValidationError
 
-from smidgen import activations, adapt, auto, models, optim, presets, pretraining
+from smidgen import activations, adapt, auto, blank, models, optim, presets, pretraining, world
 from smidgen import config_file as configuration
 from smidgen.chat import FORMS, give_form
-from smidgen.config import ConfigError, MemoryRefused, RunConfig, nearest
+from smidgen.config import ConfigError, MemoryRefused, RunConfig, nearest, notice
 from smidgen.encode import encode
+from smidgen.folder import ENVIRONMENT
 from smidgen.head_start import fitted
 from smidgen.optim._search import SearchOptimizer
 from smidgen.packing import Packs, pack_length
@@ -160,6 +164,35 @@ def check_quantise(config: RunConfig) -> None:
         )
 
 
+def check_places(config: RunConfig) -> None:
+    """Raise ConfigError for weights on disk, or spread over devices, that the method or the rest of the run cannot do with."""
+    key = "offload" if config.offload else "device_map" if config.device_map else None
+    if key is None:
+        return
+    if config.offload == "host" and not torch.cuda.is_available():
+        raise ConfigError("offload = host keeps weights beside a CUDA device, and torch sees none: leave it out, or take disk")
+    if config.offload and config.device_map:
+        raise ConfigError("offload and device_map both say where weights are: leave one out")
+    if blank.is_blank(config.model):
+        raise ConfigError(f"{key}: {config.model} has no checkpoint to read layer by layer: leave {key} out")
+    if config.quantise:
+        raise ConfigError(
+            f"{key} with quantise = {config.quantise}: quantised layers stay on one device, leave one of both out"
+        )
+    if uses_backward(config.method) or "slope" in optim.get(config.method).build.uses:
+        raise ConfigError(
+            f"{key}: {config.method} needs gradients through all layers at once: take a method without, such as zo_sgd"
+        )
+    if config.train.save_steps is not None:
+        raise ConfigError(
+            f"{key} with train.save_steps: a checkpoint is all weights in memory; the journal is enough to resume"
+        )
+    if world.count() > 1:
+        raise ConfigError(
+            f"{key} on {world.count()} ranks: ranks keep whole copies of the weights in memory: one process, or leave it out"
+        )
+
+
 def activations_config(config: RunConfig) -> Any:
     """The validated options of `activations`; None where it is not set. Raises ConfigError."""
     if config.activations is None:
@@ -205,6 +238,9 @@ def training_arguments(config: RunConfig, folder: Path) -> transformers.Training
         "save_strategy": "no" if train.save_steps is None else "steps",
         "remove_unused_columns": False,
         "disable_tqdm": True,  # a run prints its own lines
+        **(
+            {"use_cpu": True} if world.count() > 1 and not torch.cuda.is_available() else {}
+        ),  # else each takes itself for alone
         "dataloader_pin_memory": False,
         "max_grad_norm": 0.0,
         **{k: v for k, v in given.items() if k not in ("max_grad_norm", "weight_decay")},
@@ -214,6 +250,37 @@ def training_arguments(config: RunConfig, folder: Path) -> transformers.Training
         return transformers.TrainingArguments(**values)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train: {error}") from None
+
+
+def same_rows(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration of a resumed run whose steps keep their rows though the number of ranks changed.
+
+    Where the groups of rows stay, ranks share probes differently: the same bits. Else other micro-batches: the same up to
+    rounding. Raises ConfigError where the rows of a step cannot be shared out evenly.
+    """
+    path = folder / ENVIRONMENT
+    before = int(json.loads(path.read_text()).get("ranks", 1)) if path.exists() else 1
+    old, new = before // config.probe_ranks, world.count()
+    if before == new:
+        return config
+    if new % old == 0 and not uses_backward(config.method):
+        notice(f"the run was started on {before} ranks, this is {new}: {new // old} in a row share probes, with the same bits")
+        return configuration.with_values(config, {"probe_ranks": new // old})
+    batch, times = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
+    whole = batch * times * old
+    if whole % new:
+        fits = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        raise ConfigError(
+            f"the run in {folder} was started on {before} ranks with {whole} rows a step, which {new} ranks cannot share out "
+            f"evenly: resume with {fits} ranks"
+        )
+    batch, times = (batch, times * old // new) if times * old % new == 0 else (whole // new, 1)
+    notice(
+        f"the run was started on {before} ranks, this is {new}: {batch} rows x {times} micro-batches a rank, as before "
+        f"{whole} rows a step"
+    )
+    values = {"train.per_device_train_batch_size": batch, "train.gradient_accumulation_steps": times, "probe_ranks": 1}
+    return configuration.with_values(config, values)
 
 
 def memory_line(config: RunConfig, device: str) -> str:
@@ -227,6 +294,14 @@ def memory_line(config: RunConfig, device: str) -> str:
         trust_remote_code=config.trust_remote_code,
     )
     free = models.available_memory(device)
+    if config.offload == "host":
+        return f"memory: weights {weights / 2**30:.2f} GiB in host memory, on the device two layers of them"
+    if config.offload == "disk":
+        disk = shutil.disk_usage(next(p for p in Path(config.output or ".").absolute().parents if p.exists())).free
+        text = f"memory: weights {weights / 2**30:.2f} GiB on disk, free there {disk / 2**30:.1f} GiB"
+        if weights > disk and not config.force:
+            raise MemoryRefused(f"{text}: they do not fit; make room, or name a folder on another disk with --output")
+        return text
     text = f"memory: weights {weights / 2**30:.2f} GiB, free {free / 2**30:.1f} GiB"
     if weights > free and not config.force:
         raise MemoryRefused(

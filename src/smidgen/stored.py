@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smidgen.config import ConfigError
+from smidgen.untrusted import header_of
 
 __all__ = ["stored_bytes"]
 
 
 def stored_bytes(files: Sequence[Path], wanted: Any) -> int:
     """Bytes of all tensors of some files, floating-point ones in the dtype `wanted` ('auto': as they are)."""
-    return sum(_bytes(shape, stored, wanted) for file in files for shape, stored in _header(file))
-
-
-def _header(file: Path) -> list[tuple[list[int], str]]:
-    """(shape, dtype) of every tensor of a safetensors file: 8 bytes of length, then JSON."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            entries = json.loads(stream.read(length))
-        return [(entry["shape"], entry["dtype"]) for key, entry in entries.items() if key != "__metadata__"]
-    except (OSError, ValueError, struct.error, KeyError, OverflowError, MemoryError) as error:
-        raise ConfigError(f"'{file}' is no safetensors file ({type(error).__name__}: {error}): copy it again") from None
+    return sum(_bytes(shape, stored, wanted) for file in files for stored, shape, _ in header_of(file).values())
 
 
 def _bytes(shape: list[int], stored: str, wanted: Any) -> int:

@@ -14,64 +14,31 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers.trainer_utils import get_last_checkpoint
 
-from smidgen import journal, optim, quantised
-from smidgen import presets as published
+from smidgen import journal, optim, quantised, world
 from smidgen.batched import BatchedEngine
 from smidgen.called import CalledObjective
-from smidgen.config import ConfigError, Diverged, nearest, notice
+from smidgen.config import ConfigError, Diverged, notice
 from smidgen.folder import JOURNAL
+from smidgen.layerwise import engine_of
+from smidgen.method_options import method_config, optimizer_class, uses_backward
 from smidgen.moving import MovingMixin
 from smidgen.objective import ModelObjective, Objective, Recorded, Replayed
 from smidgen.optim._optimizer import Optimizer
+from smidgen.parallel import Parallel
 from smidgen.params import ParamView
 from smidgen.probing import Batch, Engine
-from smidgen.provenance import base_sha256, check_header, header, load_init, save_init
-from smidgen.ranks import Reduced
+from smidgen.provenance import check_header, header, init_sha256, load_init, save_init
 
 log = logging.getLogger("smidgen")
-
-
-def method_config(method: str, preset: str | None, options: dict[str, Any]) -> Any:
-    """A method's validated options: its defaults, then the preset, then `options`. Raises ConfigError."""
-    module = optim.get(method)
-    presets = getattr(module, "PRESETS", {})
-    if preset is not None and "/" in preset:
-        values = {**published.method_options(preset, method), **options}
-    elif preset is not None and preset not in presets:
-        raise ConfigError(f"{method} has no preset {preset!r}; it has: {', '.join(presets) or 'none'}")
-    else:
-        values = {**presets.get(preset, {}), **options}
-    known = module.Config.model_fields
-    for name in values:
-        if name not in known:
-            raise ConfigError(
-                f"{method} has no option {name!r}; did you mean {nearest(name, known)!r}? `smidgen methods {method}` lists them"
-            )
-    try:
-        return module.Config(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        of = f"option {problem['loc'][0]!r} = {problem['input']!r}: " if problem["loc"] else ""  # else of several together
-        raise ConfigError(f"{method}: {of}{problem['msg'].removeprefix('Value error, ')}") from None
-
-
-def uses_backward(method: str) -> bool:
-    """Whether a method back-propagates."""
-    return "backward" in _optimizer_class(optim.get(method)).uses
-
-
-def _optimizer_class(module: Any) -> type[Optimizer]:
-    return module.build
 
 
 class ForwardOnlyMixin:
@@ -84,6 +51,7 @@ class ForwardOnlyMixin:
     view, fresh: the tuned tensors (default: all with requires_grad), and the names of those that are not in the base;
     max_bad_steps: bad steps in a row before the run ends as diverged;
     facts: further entries of the journal's header;
+    probe_ranks, check_ranks: of several ranks, see `smidgen.parallel.Parallel`;
     activations: a policy of `smidgen.activations` in the model: its vectors go into checkpoints and come back on resume.
     """
 
@@ -105,6 +73,8 @@ class ForwardOnlyMixin:
         max_bad_steps: int = 20,
         facts: Mapping[str, Any] | None = None,
         activations: Any = None,
+        probe_ranks: int = 1,
+        check_ranks: int = 100,
         **kwargs: Any,
     ):
         self.method = method or self.method
@@ -120,25 +90,28 @@ class ForwardOnlyMixin:
             options["lr"] = training.learning_rate
         self.method_config = method_config(self.method, preset or self.preset, options)
         training.learning_rate = self.method_config.lr
-        self.journalled = _optimizer_class(optim.get(self.method)).replayable(self.method_config)
+        self.journalled = optimizer_class(optim.get(self.method)).replayable(self.method_config)
         if training.fp16:
             raise ConfigError("fp16=True scales gradients, which these methods do not have: use bf16=True or float16 weights")
         if training.n_gpu > 1:
             raise ConfigError(f"{training.n_gpu} GPUs in one process: start with torchrun, or set CUDA_VISIBLE_DEVICES to one")
-        if training.load_best_model_at_end and _optimizer_class(optim.get(self.method)).lazy:
+        if training.load_best_model_at_end and optimizer_class(optim.get(self.method)).lazy:
             raise ConfigError(
                 f"load_best_model_at_end puts back weights without what {self.method} has not merged into them: keep "
                 "checkpoints with save_steps and rebuild the best step with `smidgen replay --at STEP`"
             )
         training.max_grad_norm = 0.0  # clipping belongs to the method
         training.logging_nan_inf_filter = False  # a NaN is shown as a NaN
+        training.average_tokens_across_devices &= not self.own_loss  # ours counts by itself, in the same exchange
         self.kind, self._view, self._fresh, self.max_bad_steps, self._facts = kind, view, fresh, max_bad_steps, facts
         self._activations = activations
-        self.engine: Engine | None = None
+        self.parallel = Parallel(probe_ranks, check_ranks)
+        self.parallel.begin(self)
+        self.engine: BatchedEngine | None = None
         self._micro: list[Batch] = []
         self._checked = False
         self._past: list[journal.Record] = []
-        self._writer: journal.Writer | None = None
+        self._writer: journal.Witness | None = None
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -147,12 +120,17 @@ class ForwardOnlyMixin:
         if self.optimizer is None:  # type: ignore[has-type]
             model = self.model  # type: ignore[attr-defined]
             view = self._view or ParamView.of_model(model)
-            self.optimizer = _optimizer_class(optim.get(self.method))(view, self.method_config)  # type: ignore[call-arg]
-            self.engine = BatchedEngine(model, view, self.kind)
-            if not self.backward:  # no gradient buckets: they would cost a copy of the weights
+            self.optimizer = optimizer_class(optim.get(self.method))(view, self.method_config)  # type: ignore[call-arg]
+            self.engine = engine_of(model, view, self.kind)
+            if not self._wrapped(view):  # no gradient buckets: they would cost a copy of the weights
                 prepare = self.accelerator.prepare_model  # type: ignore[attr-defined]
                 self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # type: ignore[attr-defined]
         return self.optimizer
+
+    def _wrapped(self, view: ParamView) -> bool:
+        """Whether accelerate may wrap the model: for back-propagation alone, through tensors that have their gradient whole."""
+        alone = optimizer_class(optim.get(self.method)).uses == {"backward"}
+        return alone and all(e.support is None for e in view)
 
     @property
     def stepper(self) -> Optimizer:
@@ -166,8 +144,10 @@ class ForwardOnlyMixin:
         if self.journalled:
             self.create_optimizer()
             resume = self._open_journal(resume)
-        elif resume is True:
-            resume = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+        else:
+            resume = _checkpoint(Path(self.args.output_dir), sys.maxsize, None) if resume is True else resume  # type: ignore[attr-defined]
+            if self.parallel.count > 1:
+                self.parallel.agree_on(self, None)
         if self._activations is not None and resume:
             self._activations.load(Path(resume))
         try:
@@ -184,27 +164,31 @@ class ForwardOnlyMixin:
         folder = Path(self.args.output_dir)  # type: ignore[attr-defined]
         path = folder / JOURNAL
         view, device = self.stepper.view, self.args.device  # type: ignore[attr-defined]
-        leader = self.is_world_process_zero()  # type: ignore[attr-defined]
+        leader = world.leads()
         model = self.model  # type: ignore[attr-defined]
         if not resume:
             folder.mkdir(parents=True, exist_ok=True)
             fresh = self._fresh if self._fresh is not None else (view.entries if hasattr(model, "peft_config") else ())
-            init = save_init(view, list(fresh), folder) if fresh and leader else None
+            init = init_sha256(view, list(fresh)) if fresh else None
+            base = self.parallel.agree_on(self, init)
+            self._writer = journal.Witness()
             if leader:
-                head = header(self.method, self.method_config, view, base_sha256(model), init, device, self._facts)
+                if fresh:
+                    save_init(view, list(fresh), folder)
+                head = header(self.method, self.method_config, view, base, init, device, self._facts)
                 self._writer = journal.Writer.create(path, head)
             return None
         if not path.exists():
             raise ConfigError(f"nothing to resume: {path} does not exist")
         transcript = journal.read(path)
         init = load_init(view, folder)
-        ours = header(self.method, self.method_config, view, base_sha256(model), init, device, self._facts)
+        base = self.parallel.agree_on(self, init, ("transcript", journal.Witness(transcript.steps()).sha256))
+        ours = header(self.method, self.method_config, view, base, init, device, self._facts)
         check_header(transcript.header, ours, path)
         if (line := transcript.cut_notice()) is not None:
             notice(line)
         self._past = transcript.steps()
-        if leader:
-            self._writer = journal.Writer.resume(transcript)
+        self._writer = journal.Writer.resume(transcript) if leader else journal.Witness(self._past)
         wanted = resume if isinstance(resume, (str, os.PathLike)) else None
         return _checkpoint(folder, len(self._past), None if wanted is None else Path(wanted))
 
@@ -219,6 +203,8 @@ class ForwardOnlyMixin:
         batches, self._micro = self._micro, []
         if model.training and not self.backward:
             model.eval()
+        if model is not self.model and self.engine is not None:  # type: ignore[attr-defined]
+            self.engine.wrapped = model
         loss = self._one_step(batches, num_items_in_batch)
         return torch.tensor(loss, device=device)
 
@@ -249,6 +235,8 @@ class ForwardOnlyMixin:
                 flags = 0 if opt.outcome.written else journal.BAD
                 self._writer.append([g["lr"] for g in opt.param_groups], recorded.values, flags)
         assert opt.outcome is not None
+        if t >= len(self._past):
+            self.parallel.check(t + 1, opt.view, self._writer, last=t + 1 == self.state.max_steps)  # type: ignore[attr-defined]
         engine.bad_steps += not opt.outcome.written
         opt.spent = {name: getattr(engine, name) for name in ("forwards", "tokens", "backwards", "jvps", "bad_steps")}
         if opt.bad_steps >= self.max_bad_steps:
@@ -278,11 +266,7 @@ class ForwardOnlyMixin:
                 engine.check(lambda: called(batches[0]))
             self._checked = True
             inner = CalledObjective(engine, batches, called, scaled=scaled)
-        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        several = ranks and torch.distributed.get_world_size() > 1
-        if several and self.backward:
-            raise ConfigError(f"{self.method} does not add up the gradients of several ranks: run it as one process")
-        return Reduced(inner) if several and not self.backward else inner
+        return self.parallel.objective(inner)
 
     # -- what Trainer reports -----------------------------------------------------------------------------------------
 
@@ -340,7 +324,7 @@ def forward_only(trainer: type, method: str = "zo_sgd", *, preset: str | None = 
     """
     if uses_backward(method):
         raise ConfigError(f"{method} uses back-propagation: use {trainer.__name__} as it is")
-    if "slope" in _optimizer_class(optim.get(method)).uses:
+    if "slope" in optimizer_class(optim.get(method)).uses:
         raise ConfigError(f"{method} differentiates smidgen's own loss, not that of {trainer.__name__}: use smidgen.Trainer")
     method_config(method, preset, options)
     attributes = {"method": method, "preset": preset, "method_args": options, "own_loss": False, "__doc__": trainer.__doc__}
@@ -373,6 +357,7 @@ class Trainer(MovingMixin, ForwardOnlyMixin, transformers.Trainer):  # type: ign
         try:
             with self.resting():
                 found = evaluation(self.engine, self.stepper.offset())
+            found = dict(zip(found, world.from_first(list(found.values())), strict=True))  # what all ranks decide by
             self._measured[id(evaluation)] = (step, found)
             return found
         finally:
@@ -381,7 +366,7 @@ class Trainer(MovingMixin, ForwardOnlyMixin, transformers.Trainer):  # type: ign
 
     def mark_end(self) -> None:
         """Write into the journal that the run ended by itself."""
-        if self._writer is not None:
+        if isinstance(self._writer, journal.Writer):
             with journal.Writer.resume(journal.read(self._writer.path)) as writer:
                 writer.end()
 

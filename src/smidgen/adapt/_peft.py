@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from smidgen.config import ConfigError
+from smidgen.untrusted import check_folder, read_json
+
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
@@ -29,8 +32,11 @@ def wrapped(model: nn.Module, config: Any) -> Any:
 
 
 def with_adapter(model: nn.Module, folder: Path) -> Any:
-    """PEFT's model around `model` with the adapter files of a folder. Raises PEFT's errors where they do not fit."""
+    """PEFT's model around `model` with the adapter files of a folder. Raises ConfigError for files that cannot be read, and
+    PEFT's errors where they do not fit."""
     import peft
+
+    check_adapter(folder)
 
     with _quiet(), torch.random.fork_rng(devices=[]):  # PEFT draws factors that are written over
         return peft.PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
@@ -48,7 +54,17 @@ def new_modules(model: nn.Module, fresh: set[str]) -> list[str]:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Copy adapter files into the tuned tensors of a PEFT model."""
+    """Copy adapter files into the tuned tensors of a PEFT model. Raises ConfigError for files that cannot be read."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
+    check_adapter(folder)
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise ConfigError for a folder without an adapter in safetensors, or with files that are damaged: PEFT would go on to
+    read a pickle."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{folder} has no adapter_model.safetensors: only safetensors are read, never pickles")
+    check_folder(folder)
+    read_json(folder / "adapter_config.json")

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from smidgen.config import ConfigError
+from smidgen.untrusted import read_json, read_tensors
 
 TENSORS, ABOUT = "sparse.safetensors", "sparse.json"
 VERSION = 1  # of these two files
@@ -83,21 +83,34 @@ def load(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """(positions, values) by matrix, and tensors tuned whole. Raises ConfigError where they belong to another base, scheme
     or choice of matrices."""
-    from safetensors.torch import load_file
-
     path = folder / TENSORS
     if not path.exists():
         raise ConfigError(f"{folder} holds no {TENSORS}: give the folder of a run with scheme {scheme}")
-    about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    if about["version"] != VERSION:
-        raise ConfigError(f"{folder / ABOUT} has version {about['version']}, not {VERSION}: use the smidgen that wrote it")
-    if about["scheme"] != scheme or about["shapes"] != {n: list(s) for n, s in shapes.items()}:
+    about = read_json(folder / ABOUT)
+    if about.get("version") != VERSION:
+        raise ConfigError(f"{folder / ABOUT} has version {about.get('version')}, not {VERSION}: use the smidgen that wrote it")
+    if about.get("scheme") != scheme or about.get("shapes") != {n: list(s) for n, s in shapes.items()}:
+        count = len(about["shapes"]) if isinstance(about.get("shapes"), dict) else 0
         raise ConfigError(
-            f"{path} was written by scheme {about['scheme']} for {len(about['shapes'])} matrices and does not fit this model's "
+            f"{path} was written by scheme {about.get('scheme')} for {count} matrices and does not fit this model's "
             f"{len(shapes)} under {scheme}: load it with the model and scheme_args of its run"
         )
-    if about["base_sha256"] != base_sha256:
+    if about.get("base_sha256") != base_sha256:
         raise ConfigError(f"{path} belongs to another base model: give the one that its run started from")
-    tensors = load_file(path)
-    deltas = {name: (decode(tensors.pop(f"{name}.gaps")), tensors.pop(f"{name}.values")) for name in shapes}
+    tensors = read_tensors(path)
+    try:
+        deltas = {name: _delta(tensors, name, shape) for name, shape in shapes.items()}
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise ConfigError(f"{path} holds no deltas of these matrices ({error}): get it again from where it came") from None
     return deltas, tensors
+
+
+def _delta(tensors: dict[str, Tensor], name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Positions and values of a matrix. Raises KeyError and ValueError for such as it cannot have."""
+    gaps, values = tensors.pop(f"{name}.gaps"), tensors.pop(f"{name}.values")
+    if gaps.dtype != torch.uint8 or gaps.ndim != 1 or values.ndim != 1:
+        raise ValueError(f"{name} in another form")
+    index = decode(gaps)
+    if len(index) != len(values) or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < shape[0] * shape[1]):
+        raise ValueError(f"{name} with positions outside it")
+    return index, values

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import Field
 from torch import nn
 
-from smidgen import quantised
+from smidgen import quantised, shelves
 from smidgen.adapt._adapted import SchemeConfig
 from smidgen.adapt._over_quantised import OverQuantised
 from smidgen.config import ConfigError
@@ -48,7 +48,10 @@ class Full:
 
     def save(self, folder: Path) -> None:
         """The whole model, as `from_pretrained` reads it."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        if hasattr(self.model, "smidgen_shelves"):
+            shelves.publish(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)  # type: ignore[operator]
 
     def load(self, folder: Path) -> None:
         """Read the tuned tensors from a folder that `save` wrote."""

@@ -129,7 +129,7 @@ def read_jsonl(path: Path) -> list[Row]:
                     continue
                 try:
                     values = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}:{number}: not a line of JSON ({error}): one object a line") from None
                 if not isinstance(values, dict):
                     shown = line.strip()[:40]
