@@ -175,8 +175,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(
-        "embedded",
-        description="hub name, folder, 'embedded' for the model that ships, config:NAME (--from-config) for random weights",
+        "embedded", description="hub name, folder, 'embedded' (the model that ships), or config:NAME for random weights"
     )
     tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer; none: the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -213,9 +212,7 @@ class RunConfig(BaseModel):
         description="form of conversation for prompts: the model's, Vicuna's or Tulu's; rows of turns always have one",
     )
     packing: bool | Literal["stream"] = Field(
-        False,
-        description="put several training rows into one of max_length tokens; they do not see each other. stream: text, one "
-        "document after another, cut into rows of max_length",
+        False, description="several rows in one of max_length tokens, apart; stream: text end to end, cut into rows"
     )
     streaming: bool = Field(False, description="read text while the run goes, not at its start; with packing=stream")
     benchmark_split: bool = Field(
