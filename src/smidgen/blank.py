@@ -50,6 +50,17 @@ def fit(config: Any, tokenizer: Any) -> None:
         setattr(config, name, getattr(tokenizer, name))
 
 
+def draw(auto_class: Any, config: Any, dtype: Any, seed: int) -> Any:
+    """A model of a configuration, drawn on the CPU from `seed`; the global generator is left as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype)
+    model.smidgen_fresh = outer_parameters(model)
+    return model
+
+
 def outer_parameters(model: Any) -> tuple[str, ...]:
     """Names of the tensors of the input and output embeddings: those that every scheme tunes whole, since no adapter of the
     layers between them learns what a random one does not say."""

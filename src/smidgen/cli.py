@@ -15,7 +15,7 @@ from smidgen.blank import HELP as BLANK_HELP
 from smidgen.blank import chosen_name
 from smidgen.compare_command import compare, report
 from smidgen.config import ConfigError, UserError, options, speaker
-from smidgen.config_file import load
+from smidgen.config_file import load, split_arguments
 from smidgen.plan_command import plan
 from smidgen.tables import table
 
@@ -47,14 +47,6 @@ def _number(key: str, *names: str) -> Any:
 
 def _real(key: str, *names: str) -> Any:
     return Annotated[Optional[float], _flag(key, *names)]  # noqa: UP045
-
-
-def _split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:
-    """The configuration file and the a.b=c overrides among the positional arguments."""
-    files = [a for a in arguments or [] if "=" not in a]
-    if len(files) > 1:
-        raise ConfigError(f"'{files[1]}' is neither a configuration file (one was given already) nor key=value")
-    return (files[0] if files else None), [a for a in arguments or [] if "=" in a]
 
 
 def _print(values: Any) -> None:
@@ -107,7 +99,7 @@ def train(
     Every key of a configuration can be set as KEY=VALUE; `smidgen init` writes a commented configuration file.
     """
     given = dict(locals())
-    path, overrides = _split_arguments(given.pop("arguments"))
+    path, overrides = split_arguments(given.pop("arguments"))
     for name in ("dry_run", "as_json"):
         given.pop(name)
     for name in ("resume", "force", "trust_remote_code"):

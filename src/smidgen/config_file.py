@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from smidgen.config import ConfigError, RunConfig, TrainConfig, expected, nearest, notice, options
 
-__all__ = ["FLAGS", "config_sha256", "dump", "load", "parse_value", "template", "with_values"]
+__all__ = ["FLAGS", "config_sha256", "dump", "load", "parse_value", "split_arguments", "template", "with_values"]
 
 FLAGS: Mapping[str, str] = {  # short flag -> key; every other flag is its key
     "steps": "train.max_steps",
@@ -100,6 +100,14 @@ def load(
             raise ConfigError(f"'{text}' is not an override: write key=value, such as train.max_steps=100")
         typed |= _flatten(_key_path(key.strip(" -")), parse_value(value), f"'{text}'")
     return _validate(_merge(_canonical(layer, notify) for layer in (file, given, typed)))
+
+
+def split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:
+    """The configuration file and the a.b=c overrides among the positional arguments."""
+    files = [a for a in arguments or [] if "=" not in a]
+    if len(files) > 1:
+        raise ConfigError(f"'{files[1]}' is neither a configuration file (one was given already) nor key=value")
+    return (files[0] if files else None), [a for a in arguments or [] if "=" in a]
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:

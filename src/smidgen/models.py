@@ -248,7 +248,10 @@ def load_model(
     else:
         tokenizer = load_tokenizer(name, own_tokenizer, trust_remote_code=trust_remote_code, notify=notify)
     if blank.is_blank(name):
-        return _drawn(name, auto_class, config, wanted, seed, notify).to(device).eval(), tokenizer, chosen
+        with _readable(name, "its configuration"):
+            model = blank.draw(auto_class, config, wanted, seed)
+        notify(f"{name}: {sum(p.numel() for p in model.parameters()):,} weights drawn from seed {seed}")
+        return model.to(device).eval(), tokenizer, chosen
     with _readable(name, "its weights"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model, info = auto_class.from_pretrained(location, dtype=wanted, output_loading_info=True, **options)
@@ -274,16 +277,6 @@ def load_model(
     else:
         model = model.to(device)
     return model.eval(), tokenizer, chosen
-
-
-def _drawn(name: str, auto_class: Any, config: Any, dtype: Any, seed: int, notify: Callable[[str], None]) -> Any:
-    """A blank model, drawn on the CPU from `seed`. Raises ConfigError."""
-    with _readable(name, "its configuration"), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = auto_class.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype)
-    model.smidgen_fresh = blank.outer_parameters(model)
-    notify(f"{name}: {sum(p.numel() for p in model.parameters()):,} weights drawn from seed {seed}")
-    return model
 
 
 def fresh_parameters(model: Any) -> tuple[str, ...]:
