@@ -264,7 +264,9 @@ def _complaint(where: _KeyPath, problem: Any, value: Any, place: str) -> str:
     if "weight" in problem["loc"]:
         return f"{place}: {key} = {_show(value)}: a weight is above 0: leave out a source that is not wanted"
     model: type[BaseModel] = TrainConfig if where[0] == "train" and len(where) > 1 else RunConfig
-    field = model.model_fields[where[1] if model is TrainConfig else where[0]]
+    field = model.model_fields.get(where[1] if model is TrainConfig else where[0])
+    if field is None:
+        return f"{place}: unknown key '{key}': `smidgen train --help` lists the keys"
     bounds = {"greater_than_equal": "at least {ge}", "greater_than": "above {gt}", "less_than": "below {lt}"}
     rule = bounds.get(problem["type"], "").format(**problem.get("ctx", {}))
     if problem["type"] == "too_short":

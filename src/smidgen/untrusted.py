@@ -28,7 +28,7 @@ def read_header(data: Any, path: Path) -> dict[str, tuple[str, list[int], int]]:
     """(dtype, shape, first byte) of each tensor of a safetensors file. Raises ConfigError for one that does not fit itself."""
 
     def bad(reason: str) -> ConfigError:
-        return ConfigError(f"{path} is no safetensors file that can be read ({reason}): get it again from where it came")
+        return ConfigError(f"{path} cannot be read, it is no safetensors file ({reason}): get it again from where it came")
 
     if len(data) < 8:
         raise bad(f"{len(data)} bytes")
