@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 from smidgen import __version__
 from smidgen.config import ConfigError, UserError
@@ -88,7 +89,11 @@ def join(timeout: float = TIMEOUT) -> None:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     with together(f"{size} ranks could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"):
-        distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        limit = datetime.timedelta(seconds=timeout)
+        store, _, _ = next(rendezvous("env://", timeout=limit))
+        # torchrun's store outlives a restart, with the addresses of processes that are gone
+        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
 
 
 def _number(name: str, default: int) -> int:
