@@ -25,8 +25,6 @@ LONGEST = 400  # lines; a longer file probably holds two concepts
 # path below src/smidgen -> why it holds one concept all the same
 LONGER: dict[str, str] = {
     "noise/cpu.py": "one kernel: its stages, its threads, its call",
-    "cli.py": "one function a verb",
-    "models.py": "from a name to a model: what it is called, how it is loaded, how large it is",
 }
 
 DRAWERS = {"utils", "util", "helpers", "common", "misc", "tools", "v2", "new", "final"}  # names of no concept
