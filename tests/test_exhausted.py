@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path, monkey
 def test_what_plainly_fits_is_not_simulated(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "available_memory", lambda device="cpu": 1 << 40)
     monkeypatch.setattr(exhausted.estimate, "planned", lambda *a: pytest.fail("simulated"))
-    exhausted.check(config(tmp_path), None, "cpu", print)
+    exhausted.check(config(tmp_path), SimpleNamespace(pictures=False), "cpu", print)
 
 
 def test_a_model_without_a_plan_is_let_through_with_a_line(tmp_path, monkeypatch):

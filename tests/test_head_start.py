@@ -252,7 +252,7 @@ def test_data_without_classes_are_refused_before_a_model_is_loaded(values, want)
     words, goal = values.pop("words", ("a", "b")), values.pop("goal", "choice")
 
     class Rows:
-        name = "rows"
+        name, pictures = "rows", False
 
     Rows.words = words
     with pytest.raises(ConfigError, match=want) as caught:
