@@ -7,11 +7,12 @@ positions, against plain forwards with full logits.
 <method>_over_forward_backward     time of a step over a plain forward and its back-propagation, for methods that differentiate
 <method>_state_bytes               what `state_bytes` says, and <method>_state_held what the optimizer holds after some steps;
                                    state_bytes_exact is 1 when they are equal for all methods
-<method>_peak_over_forward_peak    peak memory over the loaded model, over that of a plain forward; each in its own process
+<method>_peak_mib                  peak memory over the loaded model, each in its own process
+<method>_peak_over_forward_peak    the same over that of a plain forward
 block_reuse                        a sweep of zo_block that reuses the activations below the block over one that does not
 
 Plain forwards and steps alternate in one process; medians of the ratios. Methods are listed at run time. `--small` is a smoke
-test on a tiny model.
+test on a tiny model. With `--figures FILE` what has been measured is kept there, and a second start goes on after it.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers for a quick look")
     parser.add_argument("--small", action="store_true", help="a tiny model, one repeat, no memory: a smoke test")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--figures", type=Path, help="keep figures in this file; those that it has are not measured again")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -140,21 +142,28 @@ def main() -> None:
     if args.peak:
         print(json.dumps(peak(args.peak, shape, args.layers)))
         return
-    figures: dict[str, float] = {}
-    for method in args.methods:
-        found = measure(method, shape, args.layers, repeats)
+    kept = args.figures is not None and args.figures.exists()
+    figures: dict[str, float] = json.loads(args.figures.read_text()) if kept else {}
+
+    def keep(found: dict[str, float]) -> None:
         print("  ".join(f"{key} {value:.4g}" for key, value in found.items()), flush=True)
-        figures |= found
-    if "zo_block" in args.methods:
-        figures["block_reuse"] = block_reuse(shape, args.layers, repeats)
-    peaks = {}
+        figures.update(found)
+        if args.figures:
+            args.figures.write_text(json.dumps(figures))
+
+    for method in args.methods:
+        if f"{method}_state_held" not in figures:
+            keep(measure(method, shape, args.layers, repeats))
+    if "zo_block" in args.methods and "block_reuse" not in figures:
+        keep({"block_reuse": block_reuse(shape, args.layers, repeats)})
     for side in () if args.small else ("forward", *args.methods):
-        command = [sys.executable, __file__, "--peak", side, "--threads", str(args.threads)]
-        command += [] if args.layers is None else ["--layers", str(args.layers)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks[side] = int(out.splitlines()[-1])
-        print(f"peak over the model, {side}: {peaks[side] / 2**20:.0f} MiB", flush=True)
-    figures |= {f"{m}_peak_over_forward_peak": peaks[m] / peaks["forward"] for m in peaks if m != "forward"}
+        if f"{side}_peak_mib" not in figures:
+            command = [sys.executable, __file__, "--peak", side, "--threads", str(args.threads)]
+            command += [] if args.layers is None else ["--layers", str(args.layers)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            keep({f"{side}_peak_mib": int(out.splitlines()[-1]) / 2**20})
+    for method in () if args.small else args.methods:
+        figures[f"{method}_peak_over_forward_peak"] = figures[f"{method}_peak_mib"] / figures["forward_peak_mib"]
     goals: dict[str, tuple[str, float]] = {}
     for method in args.methods:
         stateless = figures[f"{method}_state_bytes"] == 0
