@@ -19,7 +19,7 @@ from smidgen.tasks._answers import exact_match, f1
 from texts import SHARED, shared, write
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "prompts.json").read_text(encoding="utf-8"))
-BENCHMARK = sorted(set(tasks.names()) - {"labelled", "reviews", "topics", "instruct", "preference"})
+BENCHMARK = sorted(set(tasks.names()) - {"labelled", "images", "reviews", "topics", "instruct", "preference"})
 ROWS = {entry["task"]: entry["row"] for entry in reversed(GOLDEN)}  # the first row of each task
 FREE, OWN_OPTIONS = ("drop", "squad"), ("copa", "record", "winogrande")
 

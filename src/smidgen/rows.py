@@ -78,7 +78,7 @@ def _local(name: str) -> Path | None:
     if hub_id and path.suffix.lower() not in _EXTENSIONS and name[0] not in ".~/" and not Path(path.parts[0]).is_dir():
         return None
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = nearest(path.name, beside) or nearest(name, tasks.names())
+    close = nearest(path.name, [*beside, *tasks.names()])
     hint = f"did you mean '{path.parent / close if close in beside else close}'?" if close else "check the path"
     raise DataError(f"there is no file, folder or task '{name}': {hint} (a hub id is owner/name)")
 
