@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from smidgen.directions import Direction, Probe
-from smidgen.hidden import hidden_squares, stds
-from smidgen.objective import Sums, labels_of
-from smidgen.outputs import output_squares, sizes
+from smidgen.objective import Measured, Sums, labels_of
 from smidgen.perturbed import Draw
 from smidgen.probing import Batch, Engine
 
 
-class CalledObjective:
+class CalledObjective(Measured):
     """A trainer's own loss function over micro-batches, each called unchanged; promises no memory beyond its own.
 
     `loss(batch)` returns a scalar. `scaled` says that it has divided by the weight of all micro-batches already (as
@@ -57,20 +55,6 @@ class CalledObjective:
 
     def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         raise ValueError("a trainer's own loss does not say what reaches the layers; use smidgen's loss for this method")
-
-    def hidden_squares(self, names: Sequence[str]) -> Tensor:
-        """As a ModelObjective."""
-        return hidden_squares(self.engine, self.batches, names)
-
-    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
-        return stds(self.hidden_squares(names), names)
-
-    def output_squares(self, names: Sequence[str]) -> Tensor:
-        """As a ModelObjective."""
-        return output_squares(self.engine, self.batches, names)
-
-    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
-        return sizes(self.output_squares(names), names)
 
     def perturbed(self, names: Sequence[str], draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         raise ValueError("a trainer's own loss has no per-example values; use smidgen's loss for this method")

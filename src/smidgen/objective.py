@@ -67,7 +67,28 @@ class Objective(Protocol):
 Sums = tuple[Tensor, Tensor]  # float64 loss sums and weights, [P] or [P, N]
 
 
-class ModelObjective:
+class Measured:
+    """What is measured in a model's layers over micro-batches, whatever their loss is."""
+
+    engine: Engine
+    batches: Sequence[Batch]
+
+    def hidden_squares(self, names: Sequence[str]) -> Tensor:
+        """Sums of squared deviations and their weight: what ranks exchange."""
+        return hidden_squares(self.engine, self.batches, names)
+
+    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
+        return stds(self.hidden_squares(names), names)
+
+    def output_squares(self, names: Sequence[str]) -> Tensor:
+        """Sums of squares of outputs and their counts: what ranks exchange."""
+        return output_squares(self.engine, self.batches, names)
+
+    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
+        return sizes(self.output_squares(names), names)
+
+
+class ModelObjective(Measured):
     """Mean loss of a model over micro-batches. Cost of P probes: P forwards a micro-batch, or the part of them that
     `smidgen.reuse` leaves; the hidden states that are reused live as long as this object."""
 
@@ -109,20 +130,6 @@ class ModelObjective:
 
     def input_squares(self, names: Sequence[str], onto: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return input_squares(self.engine, self.batches, names, onto)
-
-    def hidden_squares(self, names: Sequence[str]) -> Tensor:
-        """Sums of squared deviations and their weight: what ranks exchange."""
-        return hidden_squares(self.engine, self.batches, names)
-
-    def hidden_stds(self, names: Sequence[str]) -> dict[str, float]:
-        return stds(self.hidden_squares(names), names)
-
-    def output_squares(self, names: Sequence[str]) -> Tensor:
-        """Sums of squares of outputs and their counts: what ranks exchange."""
-        return output_squares(self.engine, self.batches, names)
-
-    def output_sizes(self, names: Sequence[str]) -> dict[str, float]:
-        return sizes(self.output_squares(names), names)
 
     def perturbed_sums(
         self, names: Sequence[str], draw: Draw, spans: Sequence[Span] | None = None

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -158,16 +158,7 @@ class Node(Optimizer):
             return self._credit_weights(objective)
         Z = [Dense(cfg.seed, self.t, i, self.view.ids) for i in range(cfg.queries)]
         g = estimate(objective, Z, [OnOutputs(z, self.units, z.query) for z in Z], (), cfg.eps)
-        if g.dead:
-            return g.outcome()
-        step, spread = relative(g)
-        kept = cfg.momentum if self.begun else 0.0
-        for group in self.param_groups:
-            for name in self.names_of(group):
-                if name in self.units:
-                    self._move(name, step, group["lr"], kept)
-        self.begun = True
-        return g.outcome(**{"zo/spread": spread})
+        return self._credit(g, self.units, self._move)
 
     def _credit_weights(self, objective: Objective) -> Outcome:
         cfg = self.config
@@ -175,14 +166,22 @@ class Node(Optimizer):
         rows = L.shape[1]
         Z = [Dense(cfg.seed, self.t, n, self.view.ids) for n in range(rows)]
         g = Estimate.of(Z, (L[0] - L[1]) / (2 * cfg.eps), L.mean(0), None)
+
+        def turn(name: str, step: Estimate, lr: float, kept: float) -> None:
+            self._turn(name, step, inputs[name], rows, lr, kept)
+
+        return self._credit(g, inputs, turn)
+
+    def _credit(self, g: Estimate, credited: Container[str], move: Callable[[str, Estimate, float, float], None]) -> Outcome:
+        """Move the credited tensors along an estimate. move: of (name, step, rate, share of the last step kept)."""
         if g.dead:
             return g.outcome()
         step, spread = relative(g)
-        kept = cfg.momentum if self.begun else 0.0
+        kept = self.config.momentum if self.begun else 0.0
         for group in self.param_groups:
             for name in self.names_of(group):
-                if name in inputs:
-                    self._turn(name, step, inputs[name], rows, group["lr"], kept)
+                if name in credited:
+                    move(name, step, group["lr"], kept)
         self.begun = True
         return g.outcome(**{"zo/spread": spread})
 
