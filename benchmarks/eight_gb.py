@@ -1,6 +1,7 @@
 """Tuning a 7B-shaped random nf4 Llama with the process capped to 8 GiB of a GPU, rows of 512 tokens: what runs, its peak, and
 rows a second. Sides: lozo and es (16 members) over the base, QLoRA (rank 8, all linear layers) and qSpIEL (1 % of the
-weights), the last two with activation checkpointing. Each side and batch in a process of its own; two steps warm up.
+weights), the last two with activation checkpointing. Sides come one after the other, smallest batch first; what a side held
+is given back before the next. Two steps warm up.
 
 `--device cpu` is a rehearsal with a tiny model: memory is resident memory, without a cap.
 """
@@ -8,8 +9,7 @@ weights), the last two with activation checkpointing. Each side and batch in a p
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,26 +33,24 @@ SIDES: dict[str, Callable[[Any], tuple[Any, Any]]] = {
 }
 
 
-def measure(side: str, rows: int, length: int, device: str, layers: int | None) -> dict[str, float]:
-    """Whether it runs (1 or 0), peak in MiB with the weights on a GPU and without them on a CPU, and rows a second."""
+def measure(side: str, rows: list[int], length: int, device: str, layers: int | None) -> dict[str, float]:
+    """For each number of rows whether it runs (1 or 0), peak in MiB with the weights on a GPU and without them on a CPU, and
+    rows a second."""
     cuda = device == "cuda"
-    if cuda:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))
-    try:
-        model = llama("7b" if cuda else "tiny", device, torch.bfloat16 if cuda else torch.float32, layers)
-        data = batch(model, rows, length)
-        step, _ = SIDES[side](model)
-        if cuda:
-            step(data), step(data)
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            high, before = peak_over(lambda: (step(data), step(data)))
-            peak = high - before
-        taken = min(seconds(lambda: step(data), device) for _ in range(3))
-    except torch.OutOfMemoryError:
-        return {"runs": 0}
-    return {"runs": 1, "peak_mib": peak / 2**20, "rows_a_second": rows / taken}
+    model = llama("7b" if cuda else "tiny", device, torch.bfloat16 if cuda else torch.float32, layers)
+    step, _ = SIDES[side](model)
+    found: dict[str, float] = {}
+    for count in sorted(rows):
+        data = batch(model, count, length)
+        try:
+            high, before = peak_over(lambda data=data: (step(data), step(data)))  # type: ignore[misc]
+            taken = min(seconds(lambda data=data: step(data), device) for _ in range(3))  # type: ignore[misc]
+        except torch.OutOfMemoryError:
+            return found | {f"{side}_{more}_runs": 0 for more in rows if more >= count}
+        peak = high if cuda else high - before
+        found |= {f"{side}_{count}_runs": 1, f"{side}_{count}_peak_mib": peak / 2**20}
+        found[f"{side}_{count}_rows_a_second"] = count / taken
+    return found
 
 
 def main() -> None:
@@ -62,27 +60,23 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens of a row; 512, on a CPU 32")
     parser.add_argument("--layers", type=int, help="fewer layers for a quick look")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--one", nargs=2, metavar=("SIDE", "ROWS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cpu":
         on_cpu()
     elif not torch.cuda.is_available():
         parser.error("no CUDA device: --device cpu is a rehearsal with a tiny model")
     length = args.length or (512 if args.device == "cuda" else 32)
-    if args.one:
-        print(json.dumps(measure(args.one[0], int(args.one[1]), length, args.device, args.layers)))
-        return
+    if args.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))
     figures: dict[str, float] = {}
     for side in args.sides:
-        for rows in args.rows:
-            command = [sys.executable, __file__, "--one", side, str(rows), "--device", args.device, "--length", str(length)]
-            command += [] if args.layers is None else ["--layers", str(args.layers)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{side} with {rows} rows: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-            found = json.loads(done.stdout.splitlines()[-1])
-            print(f"{side} x {rows}: {found}", flush=True)
-            figures |= {f"{side}_{rows}_{key}": value for key, value in found.items()}
+        found = measure(side, args.rows, length, args.device, args.layers)
+        print(f"{side}: {found}", flush=True)
+        figures |= found
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
     shape = "Llama 7B shape, random nf4, bfloat16" if args.device == "cuda" else "tiny Llama, random nf4: a rehearsal"
     setting = {"model": shape, "length": length, "cap_gib": CAP / 2**30 if args.device == "cuda" else None}
     emit("eight_gb", figures, {}, {**setting, "layers": args.layers or "all"})

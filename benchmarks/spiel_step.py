@@ -11,11 +11,16 @@ Peak: resident memory over the loaded base, adapter and state included, over six
 each side in a process of its own that has made steps on a tiny model first, and under one fixed threshold of glibc's above
 which freed blocks go back to the system: left to itself it moves, and what is measured is holes. `_saved_mib` is what the
 forward keeps for the backward, counted by autograd's hooks.
+
+--device cuda: width 2048, bfloat16, batch 8 x 512, without the sides over nf4; peaks are allocated memory, everything but
+the base. Then a 7B-shaped random model in bfloat16 and in nf4, batch 1 x 2048: SpIEL-AG between selections beside LoRA and
+QLoRA, each in a process of its own, its peak with the weights and the median time of a step (`7b_...`).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -44,6 +49,8 @@ SPIEL: dict[str, tuple[str, str, dict[str, Any]]] = {  # growth, method, its opt
     "qspiel_ma": ("ma", "sm3", {}),
 }
 SIDES = (*PEFT, *SPIEL)
+SEVEN = ("lora", "spiel_ag", "qlora", "qspiel_ag")  # of the 7B-shaped model
+ROWS = {"small": (2, 16), "cpu": (4, 128), "cuda": (8, 512), "7b": (1, 2048)}
 RANK, EVERY, COLLECT = 8, 20, 5  # LoRA's usual rank; the published cycle
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
@@ -59,16 +66,33 @@ GOALS = {
 Step = Callable[[], Any]
 
 
-def llama(side: str, layers: int, small: bool) -> nn.Module:
-    """A random Llama of width 768, or a tiny one; of nf4 weights for the sides over these. Its weights are frozen."""
+WIDTHS: dict[str, dict[str, int]] = {
+    "small": {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 256,
+    },
+    "cpu": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "cuda": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 16},
+    "7b": {},  # transformers' defaults
+}
+
+
+def llama(side: str, args: argparse.Namespace) -> nn.Module:
+    """A random Llama of the shape asked for; of nf4 weights for the sides over these. Its weights are frozen."""
+    kind = torch.bfloat16 if args.device == "cuda" else torch.float32
     if side.startswith("q"):
-        return _quantised.llama("tiny" if small else "110m", layers=None if small else layers).requires_grad_(False)
+        named = {"small": "tiny", "cpu": "110m", "7b": "7b"}[args.shape]
+        return _quantised.llama(named, args.device, kind, args.layers).requires_grad_(False)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    wide = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": layers, "num_attention_heads": 12}
-    tiny = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
+    sizes = WIDTHS[args.shape] | ({} if args.layers is None else {"num_hidden_layers": args.layers})
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(tiny if small else wide), tie_word_embeddings=True)).requires_grad_(False)
+    with torch.device(args.device):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=args.shape != "7b"))
+    return model.to(kind).requires_grad_(False)
 
 
 def peft_step(side: str, model: nn.Module, data: dict[str, Tensor], rank: int) -> tuple[Step, nn.Module]:
@@ -119,54 +143,67 @@ def step_of(
     side: str, args: argparse.Namespace, selects: bool = False, model: nn.Module | None = None
 ) -> tuple[Step, nn.Module]:
     """A side on a model of its own, or the given one."""
-    model = llama(side, args.layers, args.small) if model is None else model
-    data, rank = data_of(model, args.small), 1 if args.small else RANK
+    model = llama(side, args) if model is None else model
+    data, rank = data_of(model, args), 1 if args.shape == "small" else RANK
     if side in PEFT:
         return peft_step(side, model, data, rank)
     return spiel_step(side, model, data, rank, selects)
 
 
-def data_of(model: nn.Module, small: bool) -> dict[str, Tensor]:
-    return batch(model, *((2, 16) if small else (4, 128)), every=True)
+def data_of(model: nn.Module, args: argparse.Namespace) -> dict[str, Tensor]:
+    return batch(model, *ROWS[args.shape], every=True)
+
+
+def tiny(args: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(shape="small", layers=None, device=args.device)
 
 
 def times(args: argparse.Namespace) -> dict[str, float]:
     """Medians of every side's step over LoRA's, and that of a cycle."""
-    steps = {side: step_of(side, args)[0] for side in SIDES}
+    sides = [side for side in SIDES if args.device == "cpu" or not side.startswith("q")]
+    steps = {side: step_of(side, args)[0] for side in sides}
     for step in steps.values():
         step()
         step()
-    found: dict[str, list[float]] = {side: [] for side in SIDES}
+    found: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(args.repeats):
         for side, step in steps.items():
-            found[side].append(seconds(step))
+            found[side].append(seconds(step, args.device))
     cycle, _ = step_of("spiel_ag", args, selects=True)
     for _ in range(COLLECT):  # the first selection replaces everything: the cycle after it is the usual one
         cycle()
-    mean = statistics.fmean(seconds(cycle) for _ in range(EVERY))
-    for side in SIDES:
+    mean = statistics.fmean(seconds(cycle, args.device) for _ in range(EVERY))
+    for side in sides:
         print(f"{side}: {statistics.median(found[side]):.3f} s a step", flush=True)
 
     def over(side: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(found[side], found[other], strict=True))
 
-    return {
+    ratios = {
         "spiel_ag_over_lora": over("spiel_ag", "lora"),
         "spiel_ma_over_lora": over("spiel_ma", "lora"),
         "spiel_ag_cycle_over_lora": mean / statistics.median(found["lora"]),
         "spiel_over_shira": over("spiel_ag", "shira"),
         "spiel_over_supertuning": over("spiel_ag", "supertuning"),
-        "qspiel_ag_over_qlora": over("qspiel_ag", "qlora"),
-        **{f"{side}_seconds": statistics.median(found[side]) for side in SIDES},
     }
+    if "qlora" in sides:
+        ratios["qspiel_ag_over_qlora"] = over("qspiel_ag", "qlora")
+    return ratios | {f"{side}_seconds": statistics.median(taken) for side, taken in found.items()}
+
+
+def seven(side: str, args: argparse.Namespace) -> dict[str, float]:
+    """Peak in MiB with the weights, and seconds of a step, of the 7B-shaped model."""
+    step, _ = step_of(side, args)
+    high, _ = peak_over(lambda: (step(), step()))
+    return {"peak_mib": high / 2**20, "seconds": statistics.median(seconds(step, args.device) for _ in range(args.repeats))}
 
 
 def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
     """Peak over the loaded base and what a forward saves, in MiB, in this process."""
-    tiny, _ = step_of(side, argparse.Namespace(layers=2, small=True), selects=True)
+    first, _ = step_of(side, tiny(args), selects=True)
     for _ in range(COLLECT + 1):  # what is imported and compiled on first use is no side's memory
-        tiny()
-    base = llama(side, args.layers, args.small)
+        first()
+    base = llama(side, args)
     kept: list[nn.Module] = []
 
     def several() -> None:
@@ -176,7 +213,7 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
             step()
 
     high, before = peak_over(several)
-    return {"peak": (high - before) / 2**20, "saved": saved(kept[0], data_of(base, args.small)) / 2**20}
+    return {"peak": (high - before) / 2**20, "saved": saved(kept[0], data_of(base, args)) / 2**20}
 
 
 def saved(model: nn.Module, data: dict[str, Tensor]) -> int:
@@ -185,8 +222,9 @@ def saved(model: nn.Module, data: dict[str, Tensor]) -> int:
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if (storage := tensor.untyped_storage()).data_ptr() not in known:
-            held[storage.data_ptr()] = storage.nbytes()
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            if (storage := part.untyped_storage()).data_ptr() not in known:
+                held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -195,49 +233,71 @@ def saved(model: nn.Module, data: dict[str, Tensor]) -> int:
     return sum(held.values())
 
 
+def apart(args: argparse.Namespace, *more: str) -> dict[str, float]:
+    """What a process of this script prints at its end; on CUDA, where memory is counted exactly, without the process."""
+    if args.device == "cuda":
+        gc.collect()
+        side = more[1]
+        if more[0] == "--peak":
+            return measure(side, args)
+        return seven(side, argparse.Namespace(**{**vars(args), "shape": "7b"}))
+    command = [sys.executable, __file__, *sys.argv[1:], *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ALLOCATOR)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
 def peaks(args: argparse.Namespace) -> dict[str, float]:
     """Peak over the loaded base of each side, and its ratios."""
     found: dict[str, dict[str, float]] = {}
-    for side in SIDES:
-        command = [sys.executable, __file__, "--peak", side, *sys.argv[1:]]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ALLOCATOR)
-        found[side] = json.loads(done.stdout.splitlines()[-1])
+    for side in SIDES if args.device == "cpu" else [side for side in SIDES if not side.startswith("q")]:
+        found[side] = apart(args, "--peak", side)
         print(f"{side}: peak over the base {found[side]['peak']:.0f} MiB", flush=True)
 
     def over(side: str, other: str) -> float:
         return found[side]["peak"] / max(found[other]["peak"], 1e-9)
 
-    return {
+    ratios = {
         "spiel_peak_over_lora": over("spiel_ag", "lora"),
         "spiel_8bit_peak_over_lora": over("spiel_8bit", "lora"),
         "spiel_ma_peak_over_lora": over("spiel_ma", "lora"),
         "spiel_peak_over_lora_dropout": over("spiel_ag", "lora_dropout"),
         "spiel_peak_over_shira": over("spiel_ag", "shira"),
         "spiel_peak_over_supertuning": over("spiel_ag", "supertuning"),
-        "qspiel_peak_over_qlora": over("qspiel_ag", "qlora"),
-        **{f"{side}_{part}_mib": value for side, parts in found.items() for part, value in parts.items()},
     }
+    if "qlora" in found:
+        ratios["qspiel_peak_over_qlora"] = over("qspiel_ag", "qlora")
+    return ratios | {f"{side}_{part}_mib": value for side, parts in found.items() for part, value in parts.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=12, help="fewer make a quicker, cruder comparison")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--layers", type=int, help="fewer make a quicker, cruder comparison")
     parser.add_argument("--small", action="store_true", help="a tiny model: whether it runs")
     parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--seven", choices=SEVEN, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.shape = "small" if args.small else "7b" if args.seven else args.device
     torch.set_num_threads(args.threads)
-    on_cpu()
-    if args.peak:
-        print(json.dumps(measure(args.peak, args)))
+    if args.device == "cpu":
+        on_cpu()
+    if args.peak or args.seven:
+        print(json.dumps(measure(args.peak, args) if args.peak else seven(args.seven, args)))
         return
     figures = times(args)
     print("times are taken; peaks need no quiet machine", flush=True)
     figures |= peaks(args)
-    shape = "tiny" if args.small else f"{args.layers} layers, width 768, random"
-    setting = {"model": shape, "dtype": "float32", "rank": 1 if args.small else RANK, "repeats": args.repeats}
-    emit("spiel_step", figures, GOALS, {**setting, **ALLOCATOR})
+    for side in SEVEN if args.device == "cuda" else ():
+        found = apart(args, "--seven", side)
+        print(f"7b {side}: {found}", flush=True)
+        figures |= {f"7b_{side}_{name}": value for name, value in found.items()}
+    shape = "tiny" if args.small else f"llama, width {WIDTHS[args.shape]['hidden_size']}, random"
+    setting = {"model": shape, "layers": args.layers or WIDTHS[args.shape]["num_hidden_layers"]}
+    setting |= {"dtype": "bfloat16" if args.device == "cuda" else "float32", "rank": 1 if args.small else RANK}
+    goals = GOALS if args.device == "cpu" else {}
+    emit("spiel_step", figures, goals, {**setting, "batch": ROWS[args.shape], "repeats": args.repeats, **ALLOCATOR})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from families import FAMILIES, batch, make, own_loss
+from smidgen import probing
 from smidgen.directions import Dense, displace
 from smidgen.loss import head_nll
 from smidgen.params import ParamView
@@ -75,6 +77,59 @@ def test_probe_equals_displaced_copy_in_16_bit(family, dtype):
     other = engine_of(displaced_copy(model, probe), kind)
     other.check_batch(data)
     assert torch.equal(engine.losses(data, probe).nll, other.losses(data).nll)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_displaced_at_once_give_the_same_bits(family, monkeypatch):
+    kind, model = make(family)
+    data = batch(kind, labels="all")
+    single = engine_of(model, kind)
+    single.check_batch(data)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    monkeypatch.setattr(probing, "AT_ONCE", ("cpu",))
+    engine = engine_of(model, kind)
+    engine.check_batch(data)
+    some = frozenset(sorted(engine.view.entries)[::2])
+    for probe in (probe_of(engine.view), ((Dense(7, 3, 1, engine.view.ids, support=some), 1e-2),)):
+        for _ in range(2):  # the second time scratch is that of the first
+            assert torch.equal(engine.losses(data, probe).nll, single.losses(data, probe).nll)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_layer_holds_what_runs_inside_it_alone(monkeypatch):
+    """What a model calls beside its layers is displaced for itself; embeddings stay row by row."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.beside = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inside(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.layers = nn.Embedding(9, 4), nn.ModuleList([Layer(), Layer()])
+
+        def forward(self, input_ids, **_):
+            x = self.table(input_ids).mean(1)
+            for layer in self.layers:
+                x = layer.beside(layer(x))
+            return Namespace(logits=x)
+
+    monkeypatch.setattr(probing, "AT_ONCE", ("cpu",))
+    with torch.random.fork_rng():
+        model = Model()
+    engine = Engine(model, ParamView.of_model(model), "classification")
+    data = {"input_ids": torch.tensor([[1, 2], [3, 4]]), "labels": torch.tensor([[0], [3]])}
+    probe = probe_of(engine.view)
+    twin = displaced_copy(model, probe)
+    theirs = F.cross_entropy(twin(**data).logits, data["labels"].view(-1), reduction="none")
+    assert torch.equal(engine.losses(data, probe).nll, theirs)
+    names = {tuple(e.name for e, _, _ in reader.tensors) for reader in engine._groups}
+    assert ("layers.0.inside.weight", "layers.0.inside.bias") in names
+    assert ("layers.1.beside.weight", "layers.1.beside.bias") in names and ("table.weight",) in names
 
 
 @pytest.mark.parametrize("family", ["opt-tied", "mixtral", "t5-tied"])

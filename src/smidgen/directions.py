@@ -171,6 +171,16 @@ def displace(probe: Probe, name: str, weight: Tensor, out: Tensor, *, first: int
     out.copy_(value32)
 
 
+def displace_all(probe: Probe, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """`displace` for several whole tensors; along one dense direction that is one launch on CUDA."""
+    z, scale = probe[0]
+    if len(probe) == 1 and type(z) is Dense and (z.support is None or z.support.issuperset(names)):
+        noise.all_(outs, weights, [z.ids[name] for name in names], z.address(names[0]), scale, z.distribution)
+        return
+    for name, weight, out in zip(names, weights, outs, strict=True):
+        displace(probe, name, weight, out)
+
+
 def displace_rows(probe: Probe, name: str, weight: Tensor, rows: Tensor, out: Tensor) -> None:
     """out[i] <- weight[rows[i]] + sum(scale * z[name][rows[i]]); weight [V, D], rows int64 [n], out [n, D].
 

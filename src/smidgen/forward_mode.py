@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,9 @@ class Tangent:
     def block(self, entry: Entry, weight: Tensor, out: Tensor, *, first: int = 0) -> Tensor:
         fill(self.direction, entry.name, out, first=first)
         return forward_ad.make_dual(weight, out)
+
+    def blocks(self, entries: Sequence[Entry], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> list[Tensor]:
+        return [self.block(entry, weight, out) for entry, weight, out in zip(entries, weights, outs, strict=True)]
 
     def rows(self, entry: Entry, ids: Tensor, padding: int | None = None) -> Tensor:
         picked = entry.storage[ids]

@@ -7,14 +7,14 @@ embedding matrix through a lens row by row, as it is looked up, `LensedHead` the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smidgen.directions import Probe, displace, displace_rows, restrict
+from smidgen.directions import Probe, displace, displace_all, displace_rows, restrict
 from smidgen.params import Entry
 from smidgen.population import Population, after_linear
 
@@ -27,6 +27,9 @@ class Lens(Protocol):
 
     def block(self, entry: Entry, weight: Tensor, out: Tensor, *, first: int = 0) -> Tensor:
         """What stands for `weight`, the rows of a tensor from `first` on; `out` is scratch of its shape."""
+
+    def blocks(self, entries: Sequence[Entry], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`block` of several whole tensors."""
 
     def rows(self, entry: Entry, ids: Tensor, padding: int | None = None) -> Tensor:
         """What stands for some rows of a tensor, [n, ...], in fresh memory; `padding` is the row without gradient."""
@@ -47,6 +50,11 @@ class Displaced:
     def block(self, entry: Entry, weight: Tensor, out: Tensor, *, first: int = 0) -> Tensor:
         displace(self.probe, entry.name, weight.contiguous(), out, first=first)
         return out
+
+    def blocks(self, entries: Sequence[Entry], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> Sequence[Tensor]:
+        if entries:
+            displace_all(self.probe, [e.name for e in entries], [w.contiguous() for w in weights], outs)
+        return outs
 
     def rows(self, entry: Entry, ids: Tensor, padding: int | None = None) -> Tensor:
         table = entry.storage

@@ -30,6 +30,7 @@ NOT_INPUTS = frozenset(
 
 MARGIN = 2.0  # of the hinge loss over label words, in logits: BBTv2's and DFO-LoRA's
 BLOCK_ELEMENTS = 1 << 22  # elements of one vocabulary block of the head: 16 MB in float32; chosen
+WIDE_BLOCK = 1 << 25  # the same on CUDA, where each block costs some fifteen launches
 BLOCK_POSITIONS = 4096  # label positions per block of logits
 KEPT_LOGITS = 1 << 22  # logits (16 MB in float32) of a block with gradients; fewer in all are kept for the backward; chosen
 
@@ -93,7 +94,8 @@ def head_nll(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
     Vocabulary blocks are the outer loop, so that a displaced weight is generated once; positions the inner one. Peak:
     one block of the weight and one block of logits.
     """
-    total, picked = _log_sums(hidden, tokens, head, max(1, BLOCK_ELEMENTS // head.width))
+    elements = WIDE_BLOCK if hidden.device.type == "cuda" else BLOCK_ELEMENTS
+    total, picked = _log_sums(hidden, tokens, head, max(1, elements // head.width))
     return total - picked
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smidgen import noise
 from smidgen.addend import Addend, refusal
-from smidgen.directions import Masked, OnePass, Probe, restrict, width
+from smidgen.directions import Dense, Masked, OnePass, Probe, restrict, width
 from smidgen.placed import home
 
 Rounding = Literal["stochastic", "nearest"]
@@ -207,14 +207,25 @@ class ParamView:
         restricts the update to some tensors, `decay` may differ by name. Weights that the mask of all terms leaves out do
         not change, nor decay. Cost: one sweep over the written tensors.
         """
+        z, scale = probe[0] if len(probe) == 1 else (None, 0.0)
+        at_once: list[Entry] = []
+        decays = []
         for name in self.entries if names is None else names:
             entry = self.entries[name]
             terms = restrict(probe, name)
             factor = decay if isinstance(decay, (int, float)) else decay.get(name, 1.0)
             if not terms and factor == 1.0:
                 continue
-            self._apply_entry(entry, terms, factor, replace(at, tensor=entry.id), rounding)
+            if terms and type(z) is Dense and _plain(entry):
+                at_once.append(entry)
+                decays.append(factor)
+            else:
+                self._apply_entry(entry, terms, factor, replace(at, tensor=entry.id), rounding)
             entry.version += 1
+        if at_once:
+            assert type(z) is Dense
+            weights, ids, bits = [e.storage for e in at_once], [e.id for e in at_once], at if rounding == "stochastic" else None
+            noise.all_(weights, weights, ids, z.address(at_once[0].name), scale, z.distribution, decays=decays, at=bits)
 
     def _apply_entry(self, entry: Entry, probe: Probe, decay: float, at: noise.Address, rounding: Rounding) -> None:
         if entry.addend is not None:
@@ -296,6 +307,11 @@ class ParamView:
 def shapes(view: ParamView) -> dict[str, tuple[Sequence[int], torch.dtype]]:
     """What `state_bytes` of a method wants to know about the tuned tensors."""
     return {e.name: (_shape(e), e.tensor.dtype) for e in view}
+
+
+def _plain(entry: Entry) -> bool:
+    """Whether a pass of noise writes to a tensor as it lies in memory."""
+    return entry.addend is None and entry.tensor.is_contiguous() and getattr(entry.tensor, "release", None) is None
 
 
 def _shape(entry: Entry) -> tuple[int, ...]:

@@ -5,12 +5,13 @@ forward that reads it, by a displaced copy in scratch memory. Three kinds of rea
 
 - an embedding displaces only the rows it looks up;
 - the output head is applied by `smidgen.loss`, in displaced blocks of the vocabulary, at label positions only;
-- any other module gets its tensors displaced in a scratch buffer that all such modules share.
+- any other module gets its tensors displaced in a scratch buffer that all such modules share; on CUDA, where a launch costs
+  more than the noise of a small tensor, a whole layer of the model does, at once.
 
 Which module reads a tensor is found by a self-check, see `smidgen.readers`.
 
 Cost of an evaluation: one forward and one pass of the noise generator over the tensors that it reads. Scratch: the
-largest group of tensors that one module reads, at most the largest tuned tensor for ordinary models.
+largest group of tensors that one module reads, at most the largest tuned tensor for ordinary models; on CUDA one layer.
 """
 
 from __future__ import annotations
@@ -49,14 +50,15 @@ from smidgen.modes import evaluation_mode
 from smidgen.params import Entry, ParamView
 from smidgen.per_example import Span, known, one_by_one, varies
 from smidgen.placed import around, homes, wrapped
-from smidgen.readers import ALIGN, Reader, Readers, aligned, output_head, unwrapped
-from smidgen.reuse import Held, Reuse
+from smidgen.readers import ALIGN, Reader, Readers, aligned, of_layers, output_head, unwrapped
+from smidgen.reuse import Held, Reuse, stacks
 
 log = logging.getLogger("smidgen")
 
 Batch = dict[str, Any]
 T = TypeVar("T")
 
+AT_ONCE = ("cuda",)  # devices on which a layer's tensors are displaced together
 _LARGE = 64.0  # hidden states times this show a soft cap that ordinary ones stay below
 
 
@@ -66,6 +68,8 @@ class Engine:
     `kind` decides how labels meet logits (see `smidgen.loss`). `forwards` counts evaluations. The first batch that an
     engine sees is used for the self-check; a trainer's own loss (`call`) has to be given to `check` before.
     """
+
+    _whole_layers = True  # whether a layer's tensors may be displaced together
 
     def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal"):
         self.model, self.view, self.kind = model, view, seen_as(kind)
@@ -82,9 +86,11 @@ class Engine:
         self.head = output_head(model) if kind != "classification" else None
         self.own_head = self.head is not None and (not isinstance(self.head, nn.Linear) or homes(self.head) is not None)
         self.readers = Readers(model, view)
+        self._groups: list[Reader] | None = None  # the readers as they are displaced; None: as they are
+        self._places: dict[int, tuple[Tensor, list[Tensor]]] = {}  # a group's scratch: the buffer, its parts
         self.reuse = Reuse(view)
         self._checked = False
-        self._linear = layers(model)
+        self._linear = [module for module in layers(model) if module.weight.device.type == "cpu"]
 
     def entry_of(self, parameter: Tensor) -> Entry | None:
         """The view's entry of a parameter, or None when it is frozen."""
@@ -103,6 +109,21 @@ class Engine:
         if shift + size > buffer.numel():  # alignment took the spare bytes
             shift = offset
         return buffer[shift : shift + size].view(like.dtype).view(like.shape)
+
+    def _scratches(self, reader: Reader, slot: str, like: list[Tensor]) -> list[Tensor]:
+        """Scratch for the tensors of a reader, side by side. A group's are made once: there are many."""
+        group = self._groups is not None and len(like) == len(reader.tensors)
+        if group and id(reader) in self._places:
+            buffer, outs = self._places[id(reader)]
+            if self._buffers.get((slot, buffer.device)) is buffer:
+                return outs
+        outs, offset, total = [], 0, reader.nbytes()
+        for weight in like:
+            outs.append(self.scratch(slot, weight, offset, total))
+            offset += aligned(weight.numel() * weight.element_size())
+        if group and like:
+            self._places[id(reader)] = self._buffers[slot, like[0].device], outs
+        return outs
 
     def scratch_bytes(self) -> int:
         """Bytes of scratch held now."""
@@ -127,7 +148,7 @@ class Engine:
         saved: list[tuple[nn.Module, str, Tensor]] = []
         handles, undo = [], []
         try:
-            for reader in self.readers:
+            for reader in self.readers if self._groups is None else self._groups:
                 if not head and reader.module is self.head:
                     continue
                 if not any(lens.touches(e.name) for e, _, _ in reader.tensors):
@@ -159,22 +180,23 @@ class Engine:
         saved.extend((owner, a, owner._parameters[a]) for _, owner, a in tensors)  # type: ignore[misc]
         originals: list[tuple[nn.Module, str, Any]] = []  # as they are when the module runs: accelerate brings some
         slot = reader.name if reader.nested else "common"
-        total = reader.nbytes()
         rows_only = isinstance(reader.module, nn.Embedding) and reader.module.max_norm is None  # max_norm writes
 
         def enter(*_: Any) -> None:
-            offset = 0
             originals[:] = [(module, name, module._parameters[name]) for _, module, name in tensors]
+            whole, weights = [], []
             for entry, owner, attribute in tensors:
                 weight = owner._parameters[attribute].detach()  # type: ignore[union-attr]
                 if rows_only and attribute == "weight" and owner is reader.module:
                     table = torch.Tensor._make_subclass(LookedUp, weight)
                     table.lens, table.entry = lens, entry
                     owner._parameters[attribute] = table  # type: ignore[assignment]
-                    continue
-                out = self.scratch(slot, weight, offset, total)
-                owner._parameters[attribute] = lens.block(entry, weight, out)  # type: ignore[assignment]
-                offset += aligned(weight.numel() * weight.element_size())
+                else:
+                    whole.append((entry, owner, attribute))
+                    weights.append(weight)
+            seen = lens.blocks([place[0] for place in whole], weights, self._scratches(reader, slot, weights))
+            for (_, owner, attribute), tensor in zip(whole, seen, strict=True):
+                owner._parameters[attribute] = tensor  # type: ignore[assignment]
 
         def leave(*_: Any) -> None:
             for owner, attribute, tensor in originals:
@@ -342,6 +364,10 @@ class Engine:
         counts = self.forwards, self.tokens
         with torch.no_grad(), evaluation_mode(self.model):
             self.readers.locate(run)
+            if self._whole_layers and any(e.tensor.device.type in AT_ONCE for e in self.view):
+                layers = [layer for stack in stacks(self.model) for layer in stack]
+                self._groups = of_layers(self.readers, layers, run)
+                self._places.clear()
         self.forwards, self.tokens = counts
 
     def prepare(self, batch: Batch) -> None:

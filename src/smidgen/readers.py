@@ -8,7 +8,7 @@ reader as it is, moves to the parent of its reader, at last to the whole evaluat
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smidgen.config import ConfigError
 from smidgen.params import Entry, ParamView
-from smidgen.placed import homes
+from smidgen.placed import homes, wrapped
 
 log = logging.getLogger("smidgen")
 
@@ -186,6 +186,48 @@ class Readers:
             for owner, attribute, tensor in saved:
                 owner._parameters[attribute] = tensor
         return aliases
+
+
+def of_layers(readers: Iterable[Reader], layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[Reader]:
+    """The readers, with those inside one layer as one: its tensors live for its whole forward, so that they can be displaced
+    at once. Left alone: what one call of `run` does not find inside its layer's forward, embeddings, which are displaced row
+    by row, and what accelerate or a quantised base holds."""
+    home = {id(m): layer for layer in layers for m in layer.modules()}
+    candidates = [r for r in readers if r.module is not None and id(r.module) in home and _mergeable(r, r.module)]
+    inside: list[nn.Module] = []
+    strays: set[int] = set()
+
+    def begin(layer: nn.Module, _: Any) -> None:
+        inside.append(layer)
+
+    def end(*_: Any) -> None:
+        inside.pop()
+
+    def look(module: nn.Module, _: Any) -> None:
+        if not inside or inside[-1] is not home[id(module)]:
+            strays.add(id(module))
+
+    handles = [h for x in layers for h in (x.register_forward_pre_hook(begin), x.register_forward_hook(end))]
+    handles += [r.module.register_forward_pre_hook(look) for r in candidates if r.module is not None]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    merged: dict[int, Reader] = {}
+    kept = []
+    for reader in readers:
+        if reader not in candidates or id(reader.module) in strays:
+            kept.append(reader)
+            continue
+        layer = home[id(reader.module)]
+        merged.setdefault(id(layer), Reader(layer, "layers")).tensors.extend(reader.tensors)
+    return [*kept, *merged.values()]
+
+
+def _mergeable(reader: Reader, module: nn.Module) -> bool:
+    rows = isinstance(module, nn.Embedding)
+    return not rows and not wrapped(module) and all(entry.addend is None for entry, _, _ in reader.tensors)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

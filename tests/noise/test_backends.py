@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -300,3 +301,60 @@ print(noise.backend("cpu"))
     )
     line, name = out.splitlines()
     assert "times slower" in line and "numba" in line and name == "torch"
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is for Linux")
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("updates", [False, True])
+@pytest.mark.parametrize("sizes", [(2048, 16, 4112), (1, 5001, 37, 300, 0)])
+def test_many_tensors_in_one_launch_have_the_bits_of_each_alone(distribution, updates, sizes, monkeypatch):
+    """Tensors of three dtypes, on and off the grain, one of them beside a multiple of 16 bytes."""
+    from smidgen.noise import cuda
+
+    launches = []
+    apply_ = cuda.apply_
+    monkeypatch.setattr(cuda, "apply_", lambda *args: (launches.append(args[0].numel()), apply_(*args)))
+    (z, scale), at = terms(1)[0], AT if updates else None
+    for shift in (0, 1):  # the same memory once more, at another address of noise
+        weights = [values(size + 1, dtype=DTYPES[i % 3]).to(ON)[:-1] for i, size in enumerate([*sizes, *sizes, *sizes])]
+        weights.append(values(641).to(ON)[1:])
+        outs = weights if updates else [torch.empty_like(weight) for weight in weights]
+        outs[-1] = weights[-1]
+        ids, decays = [2**32 - 1 - i for i in range(len(outs))], [0.97 + 0.01 * (i % 4) for i in range(len(outs))]
+        z = replace(z, step=z.step + shift)
+        expected = []
+        for weight, tensor, decay in zip(weights, ids, decays, strict=True):
+            twin, term = weight.cpu().clone(), (replace(z, tensor=tensor), scale)
+            here = None if at is None else replace(at, tensor=tensor)
+            with noise.use("torch"):
+                if here is None:
+                    noise.displace_(twin, twin, [term], distribution)
+                else:
+                    noise.update_(twin, [term], distribution, decay=decay, at=here)
+            expected.append(twin)
+        cuda.all_(outs, weights, ids, z, scale, distribution, decays if updates else None, at, noise._check)
+        assert all(same_bits(out.cpu(), twin) for out, twin in zip(outs, expected, strict=True))
+        assert launches == [640] * (shift + 1)
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_many_tensors_take_turns_where_no_launch_is_shared(updates):
+    (z, scale), weights = terms(1)[0], [values(300), values(37, dtype=torch.bfloat16)]
+    at, outs = AT if updates else None, [torch.empty_like(weight) for weight in weights]
+    noise.all_(outs, weights, [5, 6], z, scale, "rademacher", decays=[0.5, 1.0], at=at)
+    for out, weight, tensor, decay in zip(outs, weights, [5, 6], [0.5, 1.0], strict=True):
+        here = AT if at is None else replace(at, tensor=tensor)
+        rounding = "nearest" if at is None else "stochastic"
+        noise.update_(weight, [(replace(z, tensor=tensor), scale)], "rademacher", decay=decay, at=here, rounding=rounding)
+        assert same_bits(out, weight)
+
+
+@pytest.mark.parametrize("on", sorted({"cpu", ON}))
+def test_many_tensors_that_do_not_fit_are_refused(on):
+    ((z, scale),) = terms(1)
+    square, other = torch.zeros(4, 4, device=on), torch.zeros(5, device=on)
+    with pytest.raises(ValueError, match="contiguous"):
+        noise.all_([square.T], [square.T], [1], z, scale, "rademacher")
+    if on == "cuda":
+        with pytest.raises(ValueError, match="equal"):
+            noise.all_([square], [other], [1], z, scale, "rademacher")

@@ -15,22 +15,35 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from smidgen.noise import cuda
 
-def code(out, weight, rows, gaussian, stochastic, keep):
-    names = cuda._kernel.arg_names
-    constants = dict(OUT_KIND=out, WEIGHT_KIND=weight, ROWS=rows, GAUSSIAN=gaussian, STOCHASTIC=stochastic, KEEP=keep)
-    constants |= dict(TERMS=True, BLOCK=cuda.BLOCK)
-    values = ["*fp32", "*i16"]
-    kinds = {"out": values[out > 0], "weight": values[weight > 0], "rows": "*i64", "table": "*i32", "bits": "*u8"}
-    kinds |= {"decay": "fp32", "scale": "fp32"}
+def compiled(kernel, constants, kinds):
+    names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
-    source = ASTSource(fn=cuda._kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm
 
-for variant in [(0, 0, False, True, False, cuda.DRAWN), (2, 2, True, False, True, cuda.PACKED)]:
+def code(out, weight, rows, gaussian, stochastic, keep, terms):
+    constants = dict(OUT_KIND=out, WEIGHT_KIND=weight, ROWS=rows, GAUSSIAN=gaussian, STOCHASTIC=stochastic, KEEP=keep)
+    constants |= dict(TERMS=terms, BLOCK=cuda.BLOCK)
+    values = ["*fp32", "*i16"]
+    kinds = {"out": values[out > 0], "weight": values[weight > 0], "rows": "*i64", "bits": "*u8"}
+    kinds["table"] = "*i32" if terms == cuda.MORE else kinds["out"]  # a stand-in where nothing is read from it
+    kinds |= {"decay": "fp32", "scale": "fp32"}
+    return compiled(cuda._kernel, constants, kinds)
+
+def many(out, weight, gaussian, stochastic, even):
+    constants = dict(OUT_KIND=out, WEIGHT_KIND=weight, GAUSSIAN=gaussian, STOCHASTIC=stochastic, EVEN=even)
+    return compiled(cuda._many, constants | dict(WORDS=cuda.RECORD, BLOCK=cuda.BLOCK), {"records": "*i64", "scale": "fp32"})
+
+one, more = cuda.ONE, cuda.MORE
+for variant in [(0, 0, False, True, False, cuda.DRAWN, more), (2, 2, True, False, True, cuda.PACKED, one)]:
     asm = code(*variant)
     assert len(asm["cubin"]) > 1000
     assert not re.search(r"fma\\.|\\.approx|\\.ftz", asm["ptx"]), variant
     assert "sqrt.rn.f32" in asm["ptx"] or not variant[3]
+for variant in [(0, 0, True, False, True), (1, 1, False, True, True), (2, 2, True, True, False)]:
+    asm = many(*variant)
+    assert not re.search(r"fma\\.|\\.approx|\\.ftz", asm["ptx"]), variant
+    assert ("ld.global.v4.b32" in asm["ptx"]) == variant[4], "whole vectors are read where tensors allow it"
 print("fine")
 """
 

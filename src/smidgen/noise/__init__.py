@@ -8,6 +8,7 @@ pass over the weights.
     w   <- d w + sum(s z)     update_: float32 arithmetic, one rounding, stochastic by default
     w   <- value              write_: the same rounding for values computed elsewhere
     out32 += sum(s z)         accumulate_
+    many tensors at once      all_: each as displace_ or update_ with one term has it; one launch on CUDA
 
 Tensors are contiguous (ValueError otherwise), float32, bfloat16 or float16; float64 goes through the torch twin. Sums run
 in float32 from left to right, scales rounded to float32 first. `start` is the element number of a tensor's first
@@ -25,6 +26,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -65,6 +67,7 @@ __all__ = [
     "Rounding",
     "Term",
     "accumulate_",
+    "all_",
     "backend",
     "displace_",
     "displace_rows_",
@@ -146,6 +149,34 @@ def update_(
     _run(weight, weight, None, terms, distribution, decay, _rounding(rounding, at), start, keep)
 
 
+def all_(
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    ids: Sequence[int],
+    z: Address,
+    scale: float,
+    distribution: Distribution,
+    *,
+    decays: Sequence[float] | None = None,
+    at: Address | None = None,
+) -> None:
+    """outs[i] <- round(decays[i] * weights[i] + scale * z) for whole tensors, each with the bits that it has alone.
+
+    Tensor i has its noise at `z`, and its rounding at `at` (to nearest where that is None), with ids[i] for the tensor there.
+    On CUDA tensors of one dtype share a launch, which takes longer than the noise of a small one; elsewhere they take turns.
+    """
+    if not outs:
+        return
+    device = outs[0].device
+    if device.type == "cuda" and backend(device) == "triton":
+        importlib.import_module(_MODULES["triton"]).all_(outs, weights, ids, z, scale, distribution, decays, at, _check)
+        _changed(outs)
+        return
+    for i, (out, weight, tensor) in enumerate(zip(outs, weights, ids, strict=True)):
+        term, here = (replace(z, tensor=tensor), scale), None if at is None else replace(at, tensor=tensor)
+        _run(out, weight, None, [term], distribution, 1.0 if decays is None else decays[i], here, 0, None)
+
+
 def write_(weight: Tensor, value32: Tensor, *, rounding: Rounding, at: Address, start: int = 0) -> None:
     """weight <- round(value32), float32 values of the weight's shape."""
     if weight.shape != value32.shape or value32.dtype != torch.float32:
@@ -200,6 +231,24 @@ def _run(
     keep: Keep | None,
 ) -> None:
     """Check what backends take for granted and hand over. The operations are all out <- round(decay * weight + sum)."""
+    _check(out, weight, rows, distribution, start, at is not None, keep)
+    if not isinstance(keep, Tensor) and keep is not None and keep.digits == 0 and keep.threshold:
+        keep = None  # all elements
+    forced = _forced.get()
+    apply_ = _load(weight.device.type)[1] if forced is None else importlib.import_module(_MODULES[forced]).apply_
+    apply_(out, weight, rows, terms, distribution, decay, at, start, keep)
+    if apply_ is not philox.apply_:
+        _changed((out,))
+
+
+def _changed(outs: Sequence[Tensor]) -> None:
+    """A compiled kernel writes behind autograd's back."""
+    torch.autograd.graph.increment_version([out for out in outs if not out.is_inference()])
+
+
+def _check(
+    out: Tensor, weight: Tensor, rows: Tensor | None, distribution: Distribution, start: int, rounds: bool, keep: Keep | None
+) -> None:
     if not (out.is_contiguous() and weight.is_contiguous()):
         raise ValueError(
             f"noise works on contiguous tensors; strides are {out.stride()} and {weight.stride()} for shapes "
@@ -210,16 +259,9 @@ def _run(
     device = weight.device
     if out.device != device or (rows is not None and rows.device != device):
         raise ValueError(f"the tensors are on different devices, {out.device} and {device}")
-    check_range(distribution, start, weight.numel(), at is not None, isinstance(keep, Drawn))
+    check_range(distribution, start, weight.numel(), rounds, isinstance(keep, Drawn))
     if isinstance(keep, Tensor):
         _check_bits(keep, device, start + weight.numel())
-    elif keep is not None and keep.digits == 0 and keep.threshold:
-        keep = None  # all elements
-    forced = _forced.get()
-    apply_ = _load(device.type)[1] if forced is None else importlib.import_module(_MODULES[forced]).apply_
-    apply_(out, weight, rows, terms, distribution, decay, at, start, keep)
-    if apply_ is not philox.apply_ and not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # written behind autograd's back
 
 
 def _check_bits(keep: Tensor, device: torch.device, elements: int) -> None:

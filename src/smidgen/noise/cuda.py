@@ -13,7 +13,9 @@ Element numbers are 64-bit. With TRITON_INTERPRET=1 the kernel runs on CPU tenso
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,11 +28,13 @@ from smidgen.noise.philox import Address, Drawn, Keep, Term
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 ALL, DRAWN, PACKED = 0, 1, 2
+NONE, ONE, MORE = 0, 1, 2  # terms; only with more is there a table
 BLOCK = 2048  # elements of a program: 16 Rademacher blocks
 
 # Triton reads module constants of this type only.
 _FLOAT32, _BFLOAT16, _FLOAT16 = tl.constexpr(FLOAT32), tl.constexpr(BFLOAT16), tl.constexpr(FLOAT16)
 _ALL, _DRAWN = tl.constexpr(ALL), tl.constexpr(DRAWN)
+_NONE, _MORE = tl.constexpr(NONE), tl.constexpr(MORE)
 _DIGITS = tl.constexpr(philox.DIGITS)
 _M0, _M1 = (tl.constexpr(m) for m in philox.MULTIPLIERS)
 _STEP0, _STEP1 = (tl.constexpr(i) for i in philox.INCREMENTS)
@@ -148,6 +152,32 @@ def _narrow(x, noise, KIND: tl.constexpr, STOCHASTIC: tl.constexpr):
     return (half | ((pattern >> 16) & 0x8000)).to(tl.int32, bitcast=True).to(tl.int16)
 
 
+@triton.jit
+def _put(
+    target,
+    value,
+    inside,
+    first,
+    r0,
+    r1,
+    r_tensor,
+    r_step,
+    r_use,
+    OUT_KIND: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store float32 values of elements first .. first + BLOCK, rounded where the tensor is narrower."""
+    if OUT_KIND != _FLOAT32:
+        noise = value.to(tl.uint32, bitcast=True)
+        if STOCHASTIC:
+            w = _words((first // 8) + tl.arange(0, BLOCK // 8), r0, r1, r_tensor, r_step, r_use)
+            noise = tl.reshape(tl.join(w & 0xFFFF, w >> 16), (BLOCK,))
+        tl.store(target, _narrow(value, noise, OUT_KIND, STOCHASTIC), mask=inside)
+    else:
+        tl.store(target, value, mask=inside)
+
+
 _NUMBERS = ["pieces", "count", "width", "start", "decay", "scale", "more", "threshold", "digits"]
 _ADDRESSES = ["k0", "k1", "tensor", "step", "use", "r0", "r1", "r_tensor", "r_step", "r_use"]
 _ADDRESSES += ["m0", "m1", "m_tensor", "m_step", "m_use"]
@@ -208,8 +238,9 @@ def _kernel(
     inside = (index >= 0) & (index < n)
     whole = _widen(tl.load(source + index, mask=inside, other=0), WEIGHT_KIND)
     value = whole * decay
-    if TERMS:
+    if TERMS != _NONE:
         value = value + _noise(first, k0, k1, tensor, step, use, GAUSSIAN, BLOCK) * scale
+    if TERMS == _MORE:  # else the table is a stand-in, of any type
         for k in range(more):
             record = table + 6 * k
             z = _noise(
@@ -229,14 +260,58 @@ def _kernel(
         element = first + tl.arange(0, BLOCK)
         octet = tl.load(bits + (element >> 3), mask=inside, other=0).to(tl.int32)
         value = tl.where(((octet >> (element & 7).to(tl.int32)) & 1) != 0, value, whole)
-    if OUT_KIND != _FLOAT32:
-        noise = value.to(tl.uint32, bitcast=True)
-        if STOCHASTIC:
-            w = _words((first // 8) + tl.arange(0, BLOCK // 8), r0, r1, r_tensor, r_step, r_use)
-            noise = tl.reshape(tl.join(w & 0xFFFF, w >> 16), (BLOCK,))
-        tl.store(target + index, _narrow(value, noise, OUT_KIND, STOCHASTIC), mask=inside)
-    else:
-        tl.store(target + index, value, mask=inside)
+    _put(target + index, value, inside, first, r0, r1, r_tensor, r_step, r_use, OUT_KIND, STOCHASTIC, BLOCK)
+
+
+@triton.jit
+def _at(address, KIND: tl.constexpr):
+    """A pointer to values of a kind from a number, a multiple of 16."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.float32 if KIND == _FLOAT32 else tl.int16)), 16)
+
+
+_SHARED = ["tensors", "scale", "k0", "k1", "step", "use", "r0", "r1", "r_step", "r_use"]
+
+
+@triton.jit(do_not_specialize=_SHARED)
+def _many(
+    records,
+    tensors,
+    scale,
+    k0,
+    k1,
+    step,
+    use,
+    r0,
+    r1,
+    r_step,
+    r_use,
+    OUT_KIND: tl.constexpr,
+    WEIGHT_KIND: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    EVEN: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    low, high = 0, tensors
+    while high - low > 1:  # the last tensor whose first program is not above ours
+        middle = (low + high) // 2
+        before = tl.load(records + middle * WORDS) <= program
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    r = records + low * WORDS
+    first = (program - tl.load(r)) * BLOCK
+    n, tensor = tl.load(r + 3), tl.load(r + 5)
+    if EVEN:
+        n = tl.multiple_of(n, 16)
+    index = first + tl.arange(0, BLOCK)
+    inside = index < n
+    value = _widen(tl.load(_at(tl.load(r + 2), WEIGHT_KIND) + index, mask=inside, other=0), WEIGHT_KIND)
+    value = value * tl.load(r + 4).to(tl.int32).to(tl.float32, bitcast=True)
+    value = value + _noise(first, k0, k1, tensor, step, use, GAUSSIAN, BLOCK) * scale
+    target = _at(tl.load(r + 1), OUT_KIND) + index
+    _put(target, value, inside, first, r0, r1, tensor, r_step, r_use, OUT_KIND, STOCHASTIC, BLOCK)
 
 
 def _signed(words: Sequence[int]) -> list[int]:
@@ -301,10 +376,115 @@ def apply_(
             OUT_KIND=KINDS[out.dtype],
             WEIGHT_KIND=KINDS[weight.dtype],
             GAUSSIAN=distribution == "gaussian",
-            TERMS=bool(terms),
+            TERMS=min(len(terms), MORE),
             STOCHASTIC=at is not None,
             ROWS=rows is not None,
             KEEP=ALL if keep is None else DRAWN if drawn else PACKED,
             BLOCK=BLOCK,
             enable_fp_fusion=False,
         )
+
+
+RECORD = 6  # numbers of a tensor in the table of `all_`
+PLANS = 1024  # tables kept: one for each layer of a model and one for all its tensors are used again and again
+
+
+class _Plan(NamedTuple):
+    """Tensors that share a launch."""
+
+    table: Tensor  # int64 [tensors, RECORD]: first program, address of out and weight, elements, decay, id
+    programs: int
+    out_kind: int
+    weight_kind: int
+    even: bool
+
+
+_plans: dict[Any, tuple[list[_Plan], list[int]]] = {}
+
+
+def all_(
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    ids: Sequence[int],
+    z: Address,
+    scale: float,
+    distribution: philox.Distribution,
+    decays: Sequence[float] | None,
+    at: Address | None,
+    check: Callable[..., None],
+) -> None:
+    """out <- round(decay * weight + scale * z) for each tensor: one launch for all of one dtype.
+
+    A program finds its tensor in a table on the device, 48 bytes a tensor, which is kept for the next time the same memory is
+    worked on. Tensors that do not begin at a multiple of 16 bytes take a launch of their own. `check(out, weight, ...)`
+    refuses tensors that do not fit.
+    """
+    key = (
+        tuple([(out.data_ptr(), weight.data_ptr()) for out, weight in zip(outs, weights, strict=True)]),
+        tuple([(out.dtype, out.shape, weight.dtype, weight.shape) for out, weight in zip(outs, weights, strict=True)]),
+        tuple(ids),
+        decays if decays is None else tuple(decays),
+        outs[0].device,
+    )
+    if key not in _plans or not all(out.is_contiguous() and weight.is_contiguous() for out, weight in zip(outs, weights)):  # noqa: B905
+        for out, weight in zip(outs, weights, strict=True):
+            if out.shape != weight.shape:
+                raise ValueError(f"out has shape {tuple(out.shape)} and weight {tuple(weight.shape)}; they must be equal")
+            check(out, weight, None, distribution, 0, at is not None, None)
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        _plans[key] = _plan(outs, weights, ids, decays)
+    shared, alone = _plans[key]
+    for i in alone:
+        here = None if at is None else replace(at, tensor=ids[i])
+        decay = 1.0 if decays is None else decays[i]
+        apply_(outs[i], weights[i], None, [(replace(z, tensor=ids[i]), scale)], distribution, decay, here, 0)
+    k0, k1, _, step, use = _signed(z.words)
+    r0, r1, _, r_step, r_use = _signed(at.words if at else (0,) * 5)
+    with torch.cuda.device_of(outs[0]):
+        for plan in shared:
+            _many[(plan.programs,)](
+                plan.table,
+                len(plan.table),
+                float(scale),
+                k0,
+                k1,
+                step,
+                use,
+                r0,
+                r1,
+                r_step,
+                r_use,
+                OUT_KIND=plan.out_kind,
+                WEIGHT_KIND=plan.weight_kind,
+                GAUSSIAN=distribution == "gaussian",
+                STOCHASTIC=at is not None,
+                EVEN=plan.even,
+                WORDS=RECORD,
+                BLOCK=BLOCK,
+                enable_fp_fusion=False,
+            )
+
+
+def _plan(
+    outs: Sequence[Tensor], weights: Sequence[Tensor], ids: Sequence[int], decays: Sequence[float] | None
+) -> tuple[list[_Plan], list[int]]:
+    """The launches of `all_`, and the tensors that take one of their own."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    alone = []
+    for i, (out, weight) in enumerate(zip(outs, weights, strict=True)):
+        if out.dtype not in KINDS or weight.dtype not in KINDS or (out.data_ptr() | weight.data_ptr()) % 16:
+            alone.append(i)
+        elif out.numel():
+            groups.setdefault((out.dtype, weight.dtype), []).append(i)
+    plans = []
+    for (out_kind, weight_kind), members in groups.items():
+        records, programs = [], 0
+        for i in members:
+            decay, count = _bits(1.0 if decays is None else decays[i]), outs[i].numel()
+            records.append((programs, outs[i].data_ptr(), weights[i].data_ptr(), count, decay, ids[i]))
+            programs += triton.cdiv(count, BLOCK)
+        table = torch.tensor(records, dtype=torch.int64).to(outs[0].device)
+        even = all(outs[i].numel() % 16 == 0 for i in members)
+        plans.append(_Plan(table, programs, KINDS[out_kind], KINDS[weight_kind], even))
+    return plans, alone
