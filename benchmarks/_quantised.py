@@ -79,7 +79,7 @@ def first_order(model: nn.Module, scheme: str, method: str, **options: Any) -> t
     from smidgen.objective import ModelObjective
     from smidgen.probing import Engine
 
-    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     made = adapt.get(scheme)
     adapted = made.build(model, made.Config(**options), seed=0)
     module = optim.get(method)

@@ -72,7 +72,7 @@ def throughput(model: torch.nn.Module, repeats: int, rank: int, device: str) -> 
     shapes = matrices(view)
 
     def population() -> None:
-        Z = [LowRank(0, 0, i, view.ids, shapes, rank, 0) for i in range(POPULATION // 2)]
+        Z = [LowRank(0, 0, i, view.ids, shapes, rank, 0, torch.device(device)) for i in range(POPULATION // 2)]
         engine.together(data, [((z, s * 1e-3),) for z in Z for s in (1, -1)])
 
     population()

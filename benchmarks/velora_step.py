@@ -95,7 +95,7 @@ def plain(model: nn.Module) -> Stepper:
 
 
 def checkpointed(model: nn.Module, method: str = "adamw", **options: Any) -> Stepper:
-    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return Stepper(model, method, **options)
 
 
@@ -112,7 +112,7 @@ def velora(model: nn.Module) -> Stepper:
 
 
 def velora_checkpointed(model: nn.Module) -> Stepper:
-    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return velora(model)
 
 

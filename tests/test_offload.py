@@ -15,10 +15,12 @@ from families import batch, make
 from smidgen import Trainer, batched, finetune, optim, placed
 from smidgen.batched import BatchedEngine
 from smidgen.config import ConfigError, RunConfig
+from smidgen.directions import Dense
 from smidgen.layerwise import StreamedEngine, engine_of, from_disk, from_host
 from smidgen.objective import ModelObjective
 from smidgen.params import ParamView
 from smidgen.provenance import base_sha256, weights_sha256
+from smidgen.reuse import Held
 from smidgen.shelves import Shelf, publish
 from test_trainer import Rows, arguments
 
@@ -104,6 +106,31 @@ def test_layers_in_host_memory_run_through_copies(near, tmp_path):
             data = batch(kind)
             ids = {k: data[k] for k in ("input_ids", "attention_mask")}
             assert torch.equal(host(**ids).logits, model(**ids).logits)
+
+
+def test_only_copies_are_read_where_layers_run_on_them(monkeypatch):
+    """Masters in host memory cannot be read on a device, not by the self-check either. Here they are NaN."""
+    kind, host = make("llama-untied")
+    from_host(host, torch.device("cpu"))
+    near, masters = host.smidgen_stream.near, {}
+    for p in (p for layer in host.model.layers for p in layer.parameters()):
+        masters[id(p)] = p.detach().clone()
+        p.data.fill_(torch.nan)
+
+    def load(i):
+        for (_, _, master), view in zip(near.places[i], near._views(i), strict=True):
+            view.copy_(masters[id(master)])
+
+    monkeypatch.setattr(near, "load", load)
+    view = ParamView.of_model(host)
+    engine = engine_of(host, view, kind)
+    data = batch(kind, labels="all")
+    seen = []
+    ids = {k: data[k] for k in ("input_ids", "attention_mask")}
+    engine.check(lambda: seen.append(host(**ids).logits))
+    probes = [[(Dense(1, 2, 3, view.ids), s)] for s in (1e-2, -1e-2)]
+    found = [losses.nll for part in engine.every([data], probes, [Held()], [None]) for losses in part]
+    assert all(torch.isfinite(x).all() for x in (*seen, *found)) and not torch.equal(*found)
 
 
 SPREAD = {

@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, OPTConfig, RobertaConfig, T5Config
 
+from families import make
 from smidgen import adapt, advice, optim, simulate
 from smidgen.cli import app
 from smidgen.config import ConfigError
-from smidgen.planner import Case, Model, Plan, Planner, compress, passes, refused
+from smidgen.params import ParamView
+from smidgen.planner import Case, Model, Plan, Planner, compress, passes, refused, scratch_bytes
+from smidgen.readers import aligned
 from smidgen.simulate import Rows
 
 MIB = 1 << 20
@@ -252,3 +255,14 @@ def test_the_command_reads_no_weights(capsys, tmp_path):
         app(["plan", str(tmp_path), "--memory", "100kB", "--method", "zo_sgd", "--length", "32"])
     assert end.value.code == 3
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_scratch_is_a_layer():
+    """There a layer's tensors are displaced at once; on a CPU one module's."""
+    _, model = make("llama-untied")
+    view = ParamView.of_model(model)
+    layer = sum(aligned(p.nbytes) for p in model.model.layers[0].parameters())
+    largest = max(p.nbytes for p in model.model.layers[0].parameters())
+    head = model.lm_head.weight.nbytes
+    assert scratch_bytes(model, view, "cuda:0") == layer + head
+    assert scratch_bytes(model, view, "cpu") == aligned(largest) + head

@@ -145,7 +145,7 @@ def test_checkpointing_and_two_micro_batches_give_the_same_gradients():
     grads = []
     for checkpointed, parts in ((False, 1), (True, 1), (False, 2)):
         if checkpointed:
-            found.model.activation_checkpointing_enable()
+            found.model.gradient_checkpointing_enable()
         micro = [{k: v[i::parts] for k, v in data.items()} for i in range(parts)]
         ModelObjective(engine, micro).backward()
         grads.append([e.tensor.grad for e in found.view])

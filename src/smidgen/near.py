@@ -3,8 +3,7 @@
 While a layer runs its modules hold the copies; the next layer's are on their way on a stream of their own. Nothing is written
 to a copy: updates go to the master where it lives, along the same addressed noise, and the next pass copies anew.
 
-Memory on the device: twice the largest layer. On a CPU, where copies serve to test this, everything happens in turn. Never run
-on a GPU so far.
+Memory on the device: twice the largest layer. On a CPU, where copies serve to test this, everything happens in turn.
 """
 
 from __future__ import annotations

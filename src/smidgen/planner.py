@@ -30,11 +30,13 @@ from smidgen.batched import MEMORY
 from smidgen.config import ConfigError
 from smidgen.directions import Direction, Probe
 from smidgen.kinds import Kind
-from smidgen.loss import BLOCK_ELEMENTS
+from smidgen.loss import BLOCK_ELEMENTS, WIDE_BLOCK
 from smidgen.optim._optimizer import Outcome
 from smidgen.params import Entry, ParamView, shapes, tensor_id
 from smidgen.perturbed import Draw
+from smidgen.probing import AT_ONCE
 from smidgen.readers import aligned
+from smidgen.reuse import stacks
 from smidgen.simulate import Rows, Trace
 
 Keep = Literal["all", "checkpointing", "velora"]  # activations of the backward pass
@@ -315,7 +317,8 @@ class Planner:
     def _tuned(self, scheme: str, options: tuple[tuple[str, Any], ...]) -> tuple[dict[str, Any], int, int]:
         """(shapes of the tuned tensors, scratch of a displaced forward, tuned weights)"""
         adapted = self._adapted(self.model.config, scheme, dict(options))
-        return shapes(adapted.view), scratch_bytes(adapted.model, adapted.view), adapted.view.numel()
+        scratch = scratch_bytes(adapted.model, adapted.view, self.model.device)
+        return shapes(adapted.view), scratch, adapted.view.numel()
 
 
 @contextlib.contextmanager
@@ -338,19 +341,23 @@ def compress(adapted: Any, options: Mapping[str, Any]) -> Any:
     return policy.build(adapted.model, policy.Config(**options), view=adapted.view)
 
 
-def scratch_bytes(model: nn.Module, view: ParamView) -> int:
-    """Bytes of the displaced copies of a dense probe: the largest group of tensors that one module reads, and a block of the
-    output head. Embeddings displace the rows that they look up."""
+def scratch_bytes(model: nn.Module, view: ParamView, device: str) -> int:
+    """Bytes of the displaced copies of a dense probe: the largest group of tensors that one module reads (one layer, on
+    devices that displace them at once), and a block of the output head. Embeddings displace the rows that they look up."""
     head = simulate.output_head(model)
+    at_once = torch.device(device).type in AT_ONCE
+    layers = {id(m): id(layer) for stack in stacks(model) for layer in stack for m in layer.modules()} if at_once else {}
+    elements = WIDE_BLOCK if at_once else BLOCK_ELEMENTS
     groups: dict[int, int] = {}
     block = 0
     for entry in view:
         size = entry.tensor.numel() * entry.tensor.element_size()
         for owner, attribute in entry.sites:
             if owner is head:
-                block = max(block, min(size, BLOCK_ELEMENTS * entry.tensor.element_size()))
+                block = max(block, min(size, elements * entry.tensor.element_size()))
             elif not (isinstance(owner, nn.Embedding) and attribute == "weight"):
-                groups[id(owner)] = groups.get(id(owner), 0) + aligned(size)
+                group = layers.get(id(owner), id(owner))
+                groups[group] = groups.get(group, 0) + aligned(size)
     return max(groups.values(), default=0) + block
 
 

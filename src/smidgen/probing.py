@@ -195,7 +195,7 @@ class Engine:
                     whole.append((entry, owner, attribute))
                     weights.append(weight)
             seen = lens.blocks([place[0] for place in whole], weights, self._scratches(reader, slot, weights))
-            for (_, owner, attribute), tensor in zip(whole, seen, strict=True):
+            for (_entry, owner, attribute), tensor in zip(whole, seen, strict=True):
                 owner._parameters[attribute] = tensor  # type: ignore[assignment]
 
         def leave(*_: Any) -> None:

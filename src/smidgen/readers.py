@@ -149,6 +149,7 @@ class Readers:
         """One evaluation with poison outside each reader; returns the tensors that a reader hands out as they are."""
         aliases: dict[Key, str] = {}
         saved: list[tuple[nn.Module, str, Any]] = []
+        brought: dict[Key, Any] = {}  # what a layer that runs on copies holds now
         handles = []
 
         def poison(reader: Reader) -> None:
@@ -161,7 +162,7 @@ class Readers:
 
             def enter(*_: Any) -> None:
                 for owner, attribute, tensor in real:
-                    owner._parameters[attribute] = tensor
+                    owner._parameters[attribute] = brought.get((id(owner), attribute), tensor)
 
             def leave(_: Any, __: Any, output: Any) -> None:
                 storages = {t.untyped_storage().data_ptr() for t in _tensors(output)}
@@ -172,7 +173,28 @@ class Readers:
 
             return enter, leave
 
+        def copied(layer: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+            """Poison over the copies that a layer shows, and over what it shows again afterwards."""
+            inside = {id(m) for m in layer.modules()}
+            readers = [r for r in self if r.module is not None and id(r.module) in inside]
+
+            def enter(*_: Any) -> None:
+                for reader in readers:
+                    brought.update({(id(owner), a): owner._parameters[a] for _, owner, a in reader.tensors})
+                    poison(reader)
+
+            def leave(*_: Any) -> None:
+                for reader in readers:
+                    poison(reader)
+
+            return enter, leave
+
         try:
+            stream = getattr(unwrapped(self._model), "smidgen_stream", None)
+            for layer in stream.stack if stream is not None and stream.near is not None else ():
+                enter, leave = copied(layer)
+                handles.append(layer.register_forward_pre_hook(enter))
+                handles.append(layer.register_forward_hook(leave))
             for reader in self:
                 if reader.module is not None and homes(reader.module) is None:  # else accelerate takes them away itself
                     enter, leave = hooks(reader)

@@ -94,6 +94,6 @@ def test_checkpointing_runs_again_with_the_same_masks(family, reentrant):
     policy.remove()
     policy = velora.build(model, velora.Config(groups=4, init="random"), view=view)
     model.enable_input_require_grads()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     again = gradients(model, kind, data)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
