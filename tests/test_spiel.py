@@ -122,6 +122,19 @@ def test_entries_of_a_gradient_are_those_of_the_dense_one(monkeypatch, tokens, r
                 assert torch.allclose(way(a, b, index).double(), exact, rtol=close, atol=close * tokens**0.5)
 
 
+def test_entries_by_one_thread_and_by_several_have_the_same_bits(monkeypatch):
+    left, right = randn(300, 33), randn(300, 40, seed=1)
+    index = random_support(noise.Address(0, 0, 0, 0, 0), 33 * 40, 500).int()
+    one = _sparse_gradient.sampled(left, right, index)
+    monkeypatch.setattr(_sparse_gradient, "_ALONE", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(_sparse_gradient.sampled(left, right, index), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("family", ["llama-untied", "gpt2", "opt-tied", "roberta-classification", "t5-tied"])
 @pytest.mark.parametrize("density,dtype", [(0.01, torch.float32), (0.3, torch.float32), (0.05, torch.float64)])
 def test_gradients_of_deltas_are_autograds(family, density, dtype):

@@ -28,6 +28,8 @@ BLOCK = 1 << 20  # entries of a block of rows; chosen: 4 MB in float32
 
 TOKENS = 256  # of which `sampled` makes copies at a time: rows of them stay in a core's cache; measured
 
+_ALONE = 1 << 20  # multiplications up to which one thread makes them, some 100 us; chosen
+
 # Entries a thousand up to which dot products win on a CPU, as benchmarks/sparse_gradient.py measures: at 100 they cost 0.3 to
 # 0.95 of the dense product for 128 to 4096 tokens (one Zen 5 core), at 20 0.1 to 0.3. Part of the code, so that runs agree.
 _SAMPLED_PER_MILLE = 100
@@ -62,10 +64,12 @@ def sampled(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
     """dW[index] for flat positions [k] -> float32 [k], entry by entry. CPU tensors."""
     import numba
 
-    from smidgen.adapt._dots import dots
+    from smidgen.adapt import _dots
 
     out = torch.zeros(index.numel(), dtype=torch.float32)
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    dots = _dots.alone if threads == 1 or index.numel() * min(TOKENS, len(left)) < _ALONE else _dots.together
+    numba.set_num_threads(threads)
     for first in range(0, left.shape[0], TOKENS):
         a, b = (m[first : first + TOKENS].t().float().contiguous() for m in (left, right))
         dots(a.numpy(), b.numpy(), index.numpy(), out.numpy())
