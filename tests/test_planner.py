@@ -12,7 +12,7 @@ from families import make
 from smidgen import adapt, advice, optim, simulate
 from smidgen.cli import app
 from smidgen.config import ConfigError
-from smidgen.params import ParamView
+from smidgen.params import ParamView, shapes
 from smidgen.planner import Case, Model, Plan, Planner, compress, passes, refused, scratch_bytes
 from smidgen.readers import aligned
 from smidgen.simulate import Rows
@@ -266,3 +266,27 @@ def test_on_a_gpu_the_scratch_is_a_layer():
     head = model.lm_head.weight.nbytes
     assert scratch_bytes(model, view, "cuda:0") == layer + head
     assert scratch_bytes(model, view, "cpu") == aligned(largest) + head
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("llama", "full"), ("opt", "full"), ("llama", "lora"), ("opt", "bitfit"), ("llama", "spiel")]
+)
+def test_a_deep_models_tensors_are_known_from_two_shallow_ones(name, scheme):
+    config, kind = CONFIGS[name]
+    planner = Planner(Model(config, kind), Rows(2, 8))
+    found, scratch, count = planner._tuned(scheme, ())
+    whole = planner._adapted(config, scheme, {})
+    assert found == shapes(whole.view) and count == whole.view.numel()
+    assert scratch == scratch_bytes(whole.model, whole.view, "cpu")
+
+
+def test_numbers_that_are_no_layers_stay():
+    """A list beside the layers, and layers of two kinds in turn."""
+
+    def sizes(layers):
+        names = [f"a.{i}.x" for i in range(layers)] + [f"b.{i}.y" for i in range(3)] + ["c"]
+        shape = {f"a.{i}.x": (2 + (i % 2),) for i in range(layers)} | {"c": (layers * 4, 3)}
+        return {n: (shape.get(n, (7,)), torch.float32) for n in names}
+
+    assert simulate.deepened(sizes(4), sizes(6), (12, 4, 6)) == sizes(12)
+    assert simulate.deepened(sizes(5), sizes(7), (13, 5, 7)) == sizes(13)

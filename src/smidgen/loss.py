@@ -88,24 +88,29 @@ def targets(labels: Tensor, kind: Kind) -> Targets:
     return Targets(keep, labels[keep], keep.nonzero()[:, 0])
 
 
-def head_nll(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
+def head_nll(hidden: Tensor, tokens: Tensor, head: Head, blocks: int | None = None) -> Tensor:
     """-log softmax(hidden @ W.T + b)[tokens], without gradient. hidden [n, H], tokens [n] -> [n] float32.
 
     Vocabulary blocks are the outer loop, so that a displaced weight is generated once; positions the inner one. Peak:
-    one block of the weight and one block of logits.
+    one block of the weight and one block of logits. `blocks`: how many are made, for what is interested in memory alone.
     """
     elements = WIDE_BLOCK if hidden.device.type == "cuda" else BLOCK_ELEMENTS
-    total, picked = _log_sums(hidden, tokens, head, max(1, elements // head.width))
+    total, picked = _log_sums(hidden, tokens, head, max(1, elements // head.width), blocks)
     return total - picked
 
 
-def _log_sums(hidden: Tensor, tokens: Tensor, head: Head, size: int) -> tuple[Tensor, Tensor]:
+def _starts(rows: int, size: int, blocks: int | None) -> range:
+    """First rows of vocabulary blocks, all or the first `blocks`."""
+    return range(0, rows, size)[:blocks]
+
+
+def _log_sums(hidden: Tensor, tokens: Tensor, head: Head, size: int, blocks: int | None) -> tuple[Tensor, Tensor]:
     """(log-sum-exp of all logits, logit of the token) at each position, from `size` rows of the vocabulary at a time."""
     n = hidden.shape[0]
     high = torch.full((n,), -torch.inf, device=hidden.device)
     total = torch.zeros(n, device=hidden.device)
     picked = torch.zeros(n, device=hidden.device)
-    for first in range(0, head.rows, size):
+    for first in _starts(head.rows, size, blocks):
         stop = min(first + size, head.rows)
         weight, bias = head.block(first, stop)
         for lo in range(0, n, BLOCK_POSITIONS):
@@ -121,13 +126,13 @@ def _log_sums(hidden: Tensor, tokens: Tensor, head: Head, size: int) -> tuple[Te
     return high + total.log(), picked
 
 
-def head_nll_differentiable(hidden: Tensor, tokens: Tensor, head: PlainHead) -> Tensor:
+def head_nll_differentiable(hidden: Tensor, tokens: Tensor, head: PlainHead, blocks: int | None = None) -> Tensor:
     """The same value with gradients; where logits would be many, one block of them lives at a time, in both passes."""
     n = hidden.shape[0]
     if n * head.rows <= KEPT_LOGITS:
         return F.cross_entropy(F.linear(hidden, head.weight, head.bias).float(), tokens, reduction="none")
     size = max(1, min(head.rows, KEPT_LOGITS // min(n, BLOCK_POSITIONS)))
-    return _HeadNLL.apply(hidden, tokens, head.weight, head.bias, size)  # type: ignore[no-any-return]
+    return _HeadNLL.apply(hidden, tokens, head.weight, head.bias, size, blocks)  # type: ignore[no-any-return]
 
 
 class _HeadNLL(Function):
@@ -137,22 +142,28 @@ class _HeadNLL(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
-        total, picked = _log_sums(hidden, tokens, PlainHead(weight, bias), size)
+    def forward(
+        ctx: Any, hidden: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, size: int, blocks: int | None
+    ) -> Tensor:
+        total, picked = _log_sums(hidden, tokens, PlainHead(weight, bias), size, blocks)
         ctx.save_for_backward(hidden, tokens, weight, bias, total)
         device = hidden.device.type
-        ctx.size, ctx.cast = size, (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.size, ctx.blocks, ctx.cast = (
+            size,
+            blocks,
+            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
+        )
         return total - picked
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, tokens, weight, bias, total = ctx.saved_tensors
-        wants_x, _, wants_w, wants_b, _ = ctx.needs_input_grad
+        wants_x, _, wants_w, wants_b, *_ = ctx.needs_input_grad
         dx = torch.zeros_like(hidden, dtype=torch.float32) if wants_x else None
         dw, db = torch.zeros_like(weight) if wants_w else None, torch.zeros_like(bias) if wants_b else None
         device, kind, enabled = ctx.cast
-        for first in range(0, len(weight), ctx.size):
+        for first in _starts(len(weight), ctx.size, ctx.blocks):
             rows = slice(first, min(first + ctx.size, len(weight)))
             for lo in range(0, len(hidden), BLOCK_POSITIONS):
                 at = slice(lo, lo + BLOCK_POSITIONS)
@@ -170,7 +181,7 @@ class _HeadNLL(Function):
                     dw[rows].addmm_(dz.t(), x.to(weight.dtype))
                 if db is not None:
                     db[rows] += z.sum(0).to(db.dtype)
-        return None if dx is None else dx.to(hidden.dtype), None, dw, db, None
+        return None if dx is None else dx.to(hidden.dtype), None, dw, db, None, None
 
 
 def choice_logits(hidden: Tensor, choices: Tensor, head: Head) -> Tensor:

@@ -316,9 +316,16 @@ class Planner:
 
     def _tuned(self, scheme: str, options: tuple[tuple[str, Any], ...]) -> tuple[dict[str, Any], int, int]:
         """(shapes of the tuned tensors, scratch of a displaced forward, tuned weights)"""
-        adapted = self._adapted(self.model.config, scheme, dict(options))
-        scratch = scratch_bytes(adapted.model, adapted.view, self.model.device)
-        return shapes(adapted.view), scratch, adapted.view.numel()
+        depths = simulate.few(self.model.config)
+        if depths is None:
+            adapted = self._adapted(self.model.config, scheme, dict(options))
+            return shapes(adapted.view), scratch_bytes(adapted.model, adapted.view, self.model.device), adapted.view.numel()
+        whole, low, high = depths
+        two = [self._built(scheme, options, layers) for layers in (low, high)]
+        found = simulate.deepened(*(shapes(adapted.view) for adapted in two), depths)  # type: ignore[arg-type,call-arg]
+        first, second = (scratch_bytes(adapted.model, adapted.view, self.model.device) for adapted in two)
+        scratch = first + (second - first) // (high - low) * (whole - low)
+        return found, scratch, sum(math.prod(shape) for shape, _ in found.values())
 
 
 @contextlib.contextmanager
