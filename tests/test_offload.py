@@ -12,7 +12,7 @@ from accelerate import dispatch_model
 from safetensors.torch import load_file
 
 from families import batch, make
-from smidgen import Trainer, batched, finetune, optim, placed
+from smidgen import Trainer, batched, finetune, linear, optim, placed
 from smidgen.batched import BatchedEngine
 from smidgen.config import ConfigError, RunConfig
 from smidgen.directions import Dense
@@ -71,6 +71,34 @@ def test_a_model_on_disk_takes_the_same_steps(family, tmp_path):
     assert same(resident, streamed)
     assert streamed[2].forwards == resident[2].forwards and streamed[2].tokens == resident[2].tokens
     assert weights_sha256(ParamView.of_model(disk)) == weights_sha256(ParamView.of_model(model))
+
+
+def test_large_products_take_the_same_kernels(tmp_path, monkeypatch):
+    """As in a model of real size: the CPU's fast product, not torch's, wherever the weights lie."""
+    kind, model, disk = on_disk("llama-untied", tmp_path)
+    plain = steps(model, kind)
+    monkeypatch.setattr(linear, "SMALLEST", 0)
+    calls = []
+    onednn = linear._onednn
+    monkeypatch.setattr(linear, "_onednn", lambda *args: (calls.append(1), onednn(*args))[1])
+    _, fresh = make("llama-untied")
+    resident, many = steps(fresh, kind), len(calls)
+    from_disk(disk, tmp_path / "weights")
+    _, other = make("llama-untied")
+    where = {"model": "disk", "lm_head": "disk"}
+    spread = dispatch_model(other, where, main_device="cpu", offload_dir=str(tmp_path / "own"))
+    placed.settle(spread, tmp_path / "spread")
+    assert many > 0 and len(plain[1]) == len(resident[1])
+    calls.clear()
+    assert same(resident, steps(disk, kind)) and len(calls) >= many
+    calls.clear()
+    found = steps(spread, kind)  # whose head the model runs by itself
+    assert all(torch.allclose(found[1][n], resident[1][n], atol=1e-7) for n in resident[1]) and len(calls) > many // 2
+    ids = {k: batch(kind)[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():  # the wrappers call what they called before
+        calls.clear()
+        spread(**ids)
+        assert not calls
 
 
 @pytest.mark.parametrize("method", METHODS)

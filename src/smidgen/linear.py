@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from smidgen.placed import wrapped
 
 # Multiplications below which F.linear is kept. oneDNN is faster from 2^21 on, but compiles a primitive for every shape, and the
 # ragged batches of a small model have hundreds of shapes: 64 MiB for the embedded model, ten times its weights (measured).
@@ -61,19 +64,29 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, module.weight, module.bias)
 
 
-def layers(model: nn.Module) -> list[nn.Linear]:
-    """The plain linear layers of a model, with plain weights, whose forward nobody has replaced."""
-    plain = (m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__)
-    return [m for m in plain if type(m.weight) is nn.Parameter]
+def layers(model: nn.Module) -> list[tuple[nn.Linear, str]]:
+    """The plain linear layers of a model that compute on a CPU, and the attribute that holds their forward: accelerate's
+    wrapper, while it is there, calls another. Layers whose forward somebody else has replaced are left out."""
+    found = []
+    for module in model.modules():
+        if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.device.type == "cuda":
+            continue
+        attribute = "_old_forward" if wrapped(module) else "forward"
+        if getattr(getattr(module, attribute), "__func__", None) is nn.Linear.forward:
+            found.append((module, attribute))
+    return found
 
 
 @contextlib.contextmanager
-def fast(modules: Sequence[nn.Linear]) -> Iterator[None]:
+def fast(modules: Sequence[tuple[nn.Linear, str]]) -> Iterator[None]:
     """Inside this context the given layers multiply with `linear`."""
     try:
-        for module in modules:
-            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+        for module, attribute in modules:
+            module.__dict__[attribute] = functools.partial(_forward, module)
         yield
     finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
+        for module, attribute in modules:
+            if attribute == "forward":
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__[attribute] = types.MethodType(nn.Linear.forward, module)

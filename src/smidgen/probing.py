@@ -90,7 +90,7 @@ class Engine:
         self._places: dict[int, tuple[Tensor, list[Tensor]]] = {}  # a group's scratch: the buffer, its parts
         self.reuse = Reuse(view)
         self._checked = False
-        self._linear = [module for module in layers(model) if module.weight.device.type == "cpu"]
+        self._linear = layers(model)
 
     def entry_of(self, parameter: Tensor) -> Entry | None:
         """The view's entry of a parameter, or None when it is frozen."""
