@@ -96,6 +96,40 @@ def test_layers_displaced_at_once_give_the_same_bits(family, monkeypatch):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+def test_what_is_displaced_for_itself_inside_a_layer_has_scratch_of_its_own(monkeypatch):
+    """An embedding that renormalises its rows is displaced as a whole, while the layer's own copies are in use."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.table = nn.Embedding(9, 4, max_norm=0.5)
+
+        def forward(self, x, ids):
+            return self.second(self.first(x) + self.table(ids).mean(1))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(), Layer()])
+
+        def forward(self, input_ids, **_):
+            x = torch.ones(len(input_ids), 4)
+            for layer in self.layers:
+                x = layer(x, input_ids)
+            return Namespace(logits=x)
+
+    with torch.random.fork_rng():
+        model = Model()
+    data = {"input_ids": torch.tensor([[1, 2], [3, 4]]), "labels": torch.tensor([[0], [3]])}
+    single = Engine(model, ParamView.of_model(model), "classification")
+    probe = probe_of(single.view)
+    theirs = single.losses(data, probe).nll
+    monkeypatch.setattr(probing, "AT_ONCE", ("cpu",))
+    ours = Engine(model, ParamView.of_model(model), "classification")
+    assert torch.equal(ours.losses(data, probe).nll, theirs)
+
+
 def test_a_layer_holds_what_runs_inside_it_alone(monkeypatch):
     """What a model calls beside its layers is displaced for itself; embeddings stay row by row."""
 

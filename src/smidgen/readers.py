@@ -243,7 +243,7 @@ def of_layers(readers: Iterable[Reader], layers: Sequence[nn.Module], run: Calla
             kept.append(reader)
             continue
         layer = home[id(reader.module)]
-        merged.setdefault(id(layer), Reader(layer, "layers")).tensors.extend(reader.tensors)
+        merged.setdefault(id(layer), Reader(layer, "layers", nested=True)).tensors.extend(reader.tensors)
     return [*kept, *merged.values()]
 
 

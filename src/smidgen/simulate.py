@@ -77,7 +77,8 @@ def keeping(model: nn.Module, keep: str) -> Iterator[None]:
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        with _older_name():
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
 class Ledger(TorchDispatchMode):
@@ -141,10 +142,17 @@ class Trace:
         return max(self.start, self.between, self.end)
 
 
+@contextlib.contextmanager
+def _older_name() -> Iterator[None]:
+    """Older versions of transformers 5 know no other name for activation checkpointing, and newer ones warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_.*` is deprecated", FutureWarning)
+        yield
+
+
 def checkpoint(model: nn.Module) -> None:
     """Let the backward pass of a model recompute its layers, as a run does that asks Trainer for it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+    with _older_name():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
 
 

@@ -6,7 +6,8 @@ over elements by joins and reshapes. 16-bit tensors go through integer views: co
 the same on every device and in Triton's interpreter. Multiplications and additions are not fused (`enable_fp_fusion`
 off) and the square root is the IEEE one, so normals have the bits of the definition too.
 
-The first term's address is passed by value; further terms are read from a small table that is copied to the device.
+The first term's address is passed by value; further terms are read from a small table that is copied to the device. A second
+kernel passes over many tensors in one launch, which costs more than the noise of a small one.
 Element numbers are 64-bit. With TRITON_INTERPRET=1 the kernel runs on CPU tensors, for tests.
 """
 
@@ -30,6 +31,8 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 ALL, DRAWN, PACKED = 0, 1, 2
 NONE, ONE, MORE = 0, 1, 2  # terms; only with more is there a table
 BLOCK = 2048  # elements of a program: 16 Rademacher blocks
+RECORD = 6  # numbers of a tensor in the table of `all_`
+PLANS = 1024  # tables kept: one for each layer of a model and one for all its tensors are used again and again
 
 # Triton reads module constants of this type only.
 _FLOAT32, _BFLOAT16, _FLOAT16 = tl.constexpr(FLOAT32), tl.constexpr(BFLOAT16), tl.constexpr(FLOAT16)
@@ -385,10 +388,6 @@ def apply_(
         )
 
 
-RECORD = 6  # numbers of a tensor in the table of `all_`
-PLANS = 1024  # tables kept: one for each layer of a model and one for all its tensors are used again and again
-
-
 class _Plan(NamedTuple):
     """Tensors that share a launch."""
 
@@ -426,7 +425,7 @@ def all_(
         decays if decays is None else tuple(decays),
         outs[0].device,
     )
-    if key not in _plans or not all(out.is_contiguous() and weight.is_contiguous() for out, weight in zip(outs, weights)):  # noqa: B905
+    if key not in _plans or not all(tensor.is_contiguous() for tensor in (*outs, *weights)):
         for out, weight in zip(outs, weights, strict=True):
             if out.shape != weight.shape:
                 raise ValueError(f"out has shape {tuple(out.shape)} and weight {tuple(weight.shape)}; they must be equal")
