@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, OPTConfig, RobertaConfig, T5Config
 
 from families import make
-from smidgen import adapt, advice, optim, simulate
+from smidgen import adapt, advice, depths, optim, simulate
 from smidgen.cli import app
 from smidgen.config import ConfigError
 from smidgen.params import ParamView, shapes
@@ -51,7 +51,7 @@ def test_a_deep_model_is_what_two_shallow_ones_say(name, how):
     def once(config):
         return traced(config, kind, Rows(3, 40), backward=how != "forward", checkpointed=how == "checkpointed")
 
-    whole, guessed = once(config), simulate.of_depth(config, once)
+    whole, guessed = once(config), depths.of_depth(config, once)
     assert guessed.weights == whole.weights
     assert guessed.trunk == whole.trunk
     assert guessed.backward == pytest.approx(whole.backward, rel=1e-3)
@@ -288,5 +288,5 @@ def test_numbers_that_are_no_layers_stay():
         shape = {f"a.{i}.x": (2 + (i % 2),) for i in range(layers)} | {"c": (layers * 4, 3)}
         return {n: (shape.get(n, (7,)), torch.float32) for n in names}
 
-    assert simulate.deepened(sizes(4), sizes(6), (12, 4, 6)) == sizes(12)
-    assert simulate.deepened(sizes(5), sizes(7), (13, 5, 7)) == sizes(13)
+    assert depths.deepened(sizes(4), sizes(6), (12, 4, 6)) == sizes(12)
+    assert depths.deepened(sizes(5), sizes(7), (13, 5, 7)) == sizes(13)

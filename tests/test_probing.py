@@ -196,7 +196,7 @@ def test_scratch_is_no_larger_than_the_largest_tuned_tensor():
     largest = max(e.tensor.numel() * 4 for e in engine.view)
     assert 0 < engine.scratch_bytes() <= 2 * largest  # one buffer for modules, one for a block of the head
     inner = max(e.tensor.numel() * 4 for e in engine.view if "embed" not in e.name and "lm_head" not in e.name)
-    common = sum(b.numel() for (slot, _), b in engine._buffers.items() if slot == "common")
+    common = sum(b.numel() for (slot, _), b in engine.scratch.buffers.items() if slot == "common")
     assert common <= inner + 64
 
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from smidgen.placed import wrapped
-
 # Multiplications below which F.linear is kept. oneDNN is faster from 2^21 on, but compiles a primitive for every shape, and the
 # ragged batches of a small model have hundreds of shapes: 64 MiB for the embedded model, ten times its weights (measured).
 SMALLEST = 1 << 27
@@ -71,7 +69,7 @@ def layers(model: nn.Module) -> list[tuple[nn.Linear, str]]:
     for module in model.modules():
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.device.type == "cuda":
             continue
-        attribute = "_old_forward" if wrapped(module) else "forward"
+        attribute = "_old_forward" if hasattr(module, "_old_forward") else "forward"
         if getattr(getattr(module, attribute), "__func__", None) is nn.Linear.forward:
             found.append((module, attribute))
     return found

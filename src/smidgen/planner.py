@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from smidgen import activations, adapt, optim, simulate
+from smidgen import activations, adapt, depths, optim, simulate
 from smidgen.batched import MEMORY
 from smidgen.config import ConfigError
 from smidgen.directions import Direction, Probe
@@ -282,7 +282,7 @@ class Planner:
         batch = replace(self.rows, rows=self.rows.rows * many)
 
         def once(config: Any) -> Trace:
-            adapted = self._built(scheme, options, simulate.depth(config))
+            adapted = self._built(scheme, options, depths.depth(config))
             installed = compress(adapted, dict(policy)) if keep == "velora" else None
             try:
                 with self._mode, _frozen_below(adapted.view, below), simulate.keeping(adapted.model, keep):
@@ -293,7 +293,7 @@ class Planner:
                 if installed is not None:
                     installed.remove()
 
-        return once(self.model.config) if below else simulate.of_depth(self.model.config, once)
+        return once(self.model.config) if below else depths.of_depth(self.model.config, once)
 
     def _compressed(self, case: Case) -> dict[str, Any]:
         """Shapes of the gradients of the weights that keep = velora compresses, by name."""
@@ -307,8 +307,8 @@ class Planner:
     def _without_storage(self, scheme: str, options: tuple[tuple[str, Any], ...], layers: int | None) -> Any:
         """The adapted model with so many layers, its tensors without storage: one for all simulations that need it."""
         config = self.model.config
-        if layers is not None and layers != simulate.depth(config):
-            config = simulate.shallower(config, layers)
+        if layers is not None and layers != depths.depth(config):
+            config = depths.shallower(config, layers)
         adapted = self._adapted(config, scheme, dict(options))
         with self._mode:
             simulate.strip(adapted.model, self.model.device)
@@ -316,13 +316,13 @@ class Planner:
 
     def _tuned(self, scheme: str, options: tuple[tuple[str, Any], ...]) -> tuple[dict[str, Any], int, int]:
         """(shapes of the tuned tensors, scratch of a displaced forward, tuned weights)"""
-        depths = simulate.few(self.model.config)
-        if depths is None:
+        found_depths = depths.few(self.model.config)
+        if found_depths is None:
             adapted = self._adapted(self.model.config, scheme, dict(options))
             return shapes(adapted.view), scratch_bytes(adapted.model, adapted.view, self.model.device), adapted.view.numel()
-        whole, low, high = depths
+        whole, low, high = found_depths
         two = [self._built(scheme, options, layers) for layers in (low, high)]
-        found = simulate.deepened(*(shapes(adapted.view) for adapted in two), depths)  # type: ignore[arg-type,call-arg]
+        found = depths.deepened(*(shapes(adapted.view) for adapted in two), found_depths)  # type: ignore[arg-type,call-arg]
         first, second = (scratch_bytes(adapted.model, adapted.view, self.model.device) for adapted in two)
         scratch = first + (second - first) // (high - low) * (whole - low)
         return found, scratch, sum(math.prod(shape) for shape, _ in found.values())

@@ -50,8 +50,9 @@ from smidgen.modes import evaluation_mode
 from smidgen.params import Entry, ParamView
 from smidgen.per_example import Span, known, one_by_one, varies
 from smidgen.placed import around, homes, wrapped
-from smidgen.readers import ALIGN, Reader, Readers, aligned, of_layers, output_head, unwrapped
+from smidgen.readers import Reader, Readers, of_layers, output_head, unwrapped
 from smidgen.reuse import Held, Reuse, stacks
+from smidgen.scratch import Scratch
 
 log = logging.getLogger("smidgen")
 
@@ -80,14 +81,13 @@ class Engine:
         self.bad_steps = 0  # steps without a finite loss so far
         self.wrapped: nn.Module | None = None  # what back-propagation runs instead of the model: it averages over ranks
         self._entries = {id(e.tensor): e for e in view}
-        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self.scratch = Scratch()
         self._accepted = set(inspect.signature(unwrapped(model).forward).parameters)
         # The output head over the vocabulary, None where there is none; own_head: the model has to run it by itself.
         self.head = output_head(model) if kind != "classification" else None
         self.own_head = self.head is not None and (not isinstance(self.head, nn.Linear) or homes(self.head) is not None)
         self.readers = Readers(model, view)
         self._groups: list[Reader] | None = None  # the readers as they are displaced; None: as they are
-        self._places: dict[int, tuple[Tensor, list[Tensor]]] = {}  # a group's scratch: the buffer, its parts
         self.reuse = Reuse(view)
         self._checked = False
         self._linear = layers(model)
@@ -96,38 +96,9 @@ class Engine:
         """The view's entry of a parameter, or None when it is frozen."""
         return self._entries.get(id(parameter))
 
-    def scratch(self, slot: str, like: Tensor, offset: int = 0, total: int = 0) -> Tensor:
-        """A contiguous tensor shaped as `like` in the buffer `slot`, `offset` bytes in."""
-        size = like.numel() * like.element_size()
-        need = max(total, offset + size)
-        key = (slot, like.device)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < need:
-            self._buffers.pop(key, None)
-            buffer = self._buffers[key] = torch.empty(need + ALIGN, dtype=torch.uint8, device=like.device)
-        shift = -buffer.data_ptr() % ALIGN + offset
-        if shift + size > buffer.numel():  # alignment took the spare bytes
-            shift = offset
-        return buffer[shift : shift + size].view(like.dtype).view(like.shape)
-
-    def _scratches(self, reader: Reader, slot: str, like: list[Tensor]) -> list[Tensor]:
-        """Scratch for the tensors of a reader, side by side. A group's are made once: there are many."""
-        group = self._groups is not None and len(like) == len(reader.tensors)
-        if group and id(reader) in self._places:
-            buffer, outs = self._places[id(reader)]
-            if self._buffers.get((slot, buffer.device)) is buffer:
-                return outs
-        outs, offset, total = [], 0, reader.nbytes()
-        for weight in like:
-            outs.append(self.scratch(slot, weight, offset, total))
-            offset += aligned(weight.numel() * weight.element_size())
-        if group and like:
-            self._places[id(reader)] = self._buffers[slot, like[0].device], outs
-        return outs
-
     def scratch_bytes(self) -> int:
         """Bytes of scratch held now."""
-        return sum(b.numel() for b in self._buffers.values())
+        return self.scratch.nbytes()
 
     # -- displacement -------------------------------------------------------------------------------------------------
 
@@ -194,7 +165,7 @@ class Engine:
                 else:
                     whole.append((entry, owner, attribute))
                     weights.append(weight)
-            seen = lens.blocks([place[0] for place in whole], weights, self._scratches(reader, slot, weights))
+            seen = lens.blocks([place[0] for place in whole], weights, self.scratch.of(reader, slot, weights))
             for (_entry, owner, attribute), tensor in zip(whole, seen, strict=True):
                 owner._parameters[attribute] = tensor  # type: ignore[assignment]
 
@@ -320,7 +291,7 @@ class Engine:
         return grouped(Losses(criterion_loss(logits, tokens, batch), where.rows, size), batch)
 
     def _seen_head(self, lens: Lens) -> Any:
-        return LensedHead(self.head, lens, self.entry_of, self.scratch) if self._applies_head_itself() else None  # type: ignore[arg-type]
+        return LensedHead(self.head, lens, self.entry_of, self.scratch.like) if self._applies_head_itself() else None  # type: ignore[arg-type]
 
     def _applies_head_itself(self) -> bool:
         return self.head is not None and not self.own_head
@@ -367,7 +338,6 @@ class Engine:
             if self._whole_layers and any(e.tensor.device.type in AT_ONCE for e in self.view):
                 layers = [layer for stack in stacks(self.model) for layer in stack]
                 self._groups = of_layers(self.readers, layers, run)
-                self._places.clear()
         self.forwards, self.tokens = counts
 
     def prepare(self, batch: Batch) -> None:

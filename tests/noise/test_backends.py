@@ -309,7 +309,7 @@ print(noise.backend("cpu"))
 @pytest.mark.parametrize("sizes", [(2048, 16, 4112), (1, 5001, 37, 300, 0)])
 def test_many_tensors_in_one_launch_have_the_bits_of_each_alone(distribution, updates, sizes, monkeypatch):
     """Tensors of three dtypes, on and off the grain, one of them beside a multiple of 16 bytes."""
-    from smidgen.noise import cuda
+    from smidgen.noise import cuda, cuda_many
 
     launches = []
     apply_ = cuda.apply_
@@ -332,7 +332,7 @@ def test_many_tensors_in_one_launch_have_the_bits_of_each_alone(distribution, up
                 else:
                     noise.update_(twin, [term], distribution, decay=decay, at=here)
             expected.append(twin)
-        cuda.all_(outs, weights, ids, z, scale, distribution, decays if updates else None, at, noise._check)
+        cuda_many.all_(outs, weights, ids, z, scale, distribution, decays if updates else None, at, noise._check)
         assert all(same_bits(out.cpu(), twin) for out, twin in zip(outs, expected, strict=True))
         assert launches == [640] * (shift + 1)
 

@@ -13,7 +13,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from smidgen.noise import cuda
+from smidgen.noise import cuda, cuda_many
 
 def compiled(kernel, constants, kinds):
     names = kernel.arg_names
@@ -32,7 +32,8 @@ def code(out, weight, rows, gaussian, stochastic, keep, terms):
 
 def many(out, weight, gaussian, stochastic, even):
     constants = dict(OUT_KIND=out, WEIGHT_KIND=weight, GAUSSIAN=gaussian, STOCHASTIC=stochastic, EVEN=even)
-    return compiled(cuda._many, constants | dict(WORDS=cuda.RECORD, BLOCK=cuda.BLOCK), {"records": "*i64", "scale": "fp32"})
+    constants |= dict(WORDS=cuda_many.RECORD, BLOCK=cuda.BLOCK)
+    return compiled(cuda_many._many, constants, {"records": "*i64", "scale": "fp32"})
 
 one, more = cuda.ONE, cuda.MORE
 for variant in [(0, 0, False, True, False, cuda.DRAWN, more), (2, 2, True, False, True, cuda.PACKED, one)]:

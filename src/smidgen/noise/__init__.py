@@ -169,7 +169,7 @@ def all_(
         return
     device = outs[0].device
     if device.type == "cuda" and backend(device) == "triton":
-        importlib.import_module(_MODULES["triton"]).all_(outs, weights, ids, z, scale, distribution, decays, at, _check)
+        importlib.import_module("smidgen.noise.cuda_many").all_(outs, weights, ids, z, scale, distribution, decays, at, _check)
         _changed(outs)
         return
     for i, (out, weight, tensor) in enumerate(zip(outs, weights, ids, strict=True)):

@@ -6,17 +6,14 @@ over elements by joins and reshapes. 16-bit tensors go through integer views: co
 the same on every device and in Triton's interpreter. Multiplications and additions are not fused (`enable_fp_fusion`
 off) and the square root is the IEEE one, so normals have the bits of the definition too.
 
-The first term's address is passed by value; further terms are read from a small table that is copied to the device. A second
-kernel passes over many tensors in one launch, which costs more than the noise of a small one.
+The first term's address is passed by value; further terms are read from a small table that is copied to the device.
 Element numbers are 64-bit. With TRITON_INTERPRET=1 the kernel runs on CPU tensors, for tests.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,8 +28,6 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 ALL, DRAWN, PACKED = 0, 1, 2
 NONE, ONE, MORE = 0, 1, 2  # terms; only with more is there a table
 BLOCK = 2048  # elements of a program: 16 Rademacher blocks
-RECORD = 6  # numbers of a tensor in the table of `all_`
-PLANS = 1024  # tables kept: one for each layer of a model and one for all its tensors are used again and again
 
 # Triton reads module constants of this type only.
 _FLOAT32, _BFLOAT16, _FLOAT16 = tl.constexpr(FLOAT32), tl.constexpr(BFLOAT16), tl.constexpr(FLOAT16)
@@ -69,7 +64,7 @@ def _words(block, k0, k1, tensor, step, use):
 
 
 @triton.jit
-def _noise(first, k0, k1, tensor, step, use, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):
+def noise(first, k0, k1, tensor, step, use, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr):
     """z of elements first .. first + BLOCK, float32; first is a multiple of 128."""
     if GAUSSIAN:
         pairs = tl.reshape(_words((first // 4) + tl.arange(0, BLOCK // 4), k0, k1, tensor, step, use), (BLOCK // 2, 2))
@@ -114,7 +109,7 @@ def _drawn(first, threshold, digits, k0, k1, tensor, step, use, BLOCK: tl.conste
 
 
 @triton.jit
-def _widen(h, KIND: tl.constexpr):
+def widen(h, KIND: tl.constexpr):
     """16-bit patterns (int16), or float32, as float32."""
     if KIND == _BFLOAT16:
         return ((h.to(tl.uint32) & 0xFFFF) << 16).to(tl.float32, bitcast=True)
@@ -156,7 +151,7 @@ def _narrow(x, noise, KIND: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _put(
+def put(
     target,
     value,
     inside,
@@ -239,14 +234,14 @@ def _kernel(
     first = (number // 128) * 128 + piece * BLOCK
     index = first - number + tl.arange(0, BLOCK)
     inside = (index >= 0) & (index < n)
-    whole = _widen(tl.load(source + index, mask=inside, other=0), WEIGHT_KIND)
+    whole = widen(tl.load(source + index, mask=inside, other=0), WEIGHT_KIND)
     value = whole * decay
     if TERMS != _NONE:
-        value = value + _noise(first, k0, k1, tensor, step, use, GAUSSIAN, BLOCK) * scale
+        value = value + noise(first, k0, k1, tensor, step, use, GAUSSIAN, BLOCK) * scale
     if TERMS == _MORE:  # else the table is a stand-in, of any type
         for k in range(more):
             record = table + 6 * k
-            z = _noise(
+            z = noise(
                 first,
                 tl.load(record),
                 tl.load(record + 1),
@@ -263,66 +258,15 @@ def _kernel(
         element = first + tl.arange(0, BLOCK)
         octet = tl.load(bits + (element >> 3), mask=inside, other=0).to(tl.int32)
         value = tl.where(((octet >> (element & 7).to(tl.int32)) & 1) != 0, value, whole)
-    _put(target + index, value, inside, first, r0, r1, r_tensor, r_step, r_use, OUT_KIND, STOCHASTIC, BLOCK)
+    put(target + index, value, inside, first, r0, r1, r_tensor, r_step, r_use, OUT_KIND, STOCHASTIC, BLOCK)
 
 
-@triton.jit
-def _at(address, KIND: tl.constexpr):
-    """A pointer to values of a kind from a number, a multiple of 16."""
-    return tl.multiple_of(address.to(tl.pointer_type(tl.float32 if KIND == _FLOAT32 else tl.int16)), 16)
-
-
-_SHARED = ["tensors", "scale", "k0", "k1", "step", "use", "r0", "r1", "r_step", "r_use"]
-
-
-@triton.jit(do_not_specialize=_SHARED)
-def _many(
-    records,
-    tensors,
-    scale,
-    k0,
-    k1,
-    step,
-    use,
-    r0,
-    r1,
-    r_step,
-    r_use,
-    OUT_KIND: tl.constexpr,
-    WEIGHT_KIND: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    EVEN: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    low, high = 0, tensors
-    while high - low > 1:  # the last tensor whose first program is not above ours
-        middle = (low + high) // 2
-        before = tl.load(records + middle * WORDS) <= program
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    r = records + low * WORDS
-    first = (program - tl.load(r)) * BLOCK
-    n, tensor = tl.load(r + 3), tl.load(r + 5)
-    if EVEN:
-        n = tl.multiple_of(n, 16)
-    index = first + tl.arange(0, BLOCK)
-    inside = index < n
-    value = _widen(tl.load(_at(tl.load(r + 2), WEIGHT_KIND) + index, mask=inside, other=0), WEIGHT_KIND)
-    value = value * tl.load(r + 4).to(tl.int32).to(tl.float32, bitcast=True)
-    value = value + _noise(first, k0, k1, tensor, step, use, GAUSSIAN, BLOCK) * scale
-    target = _at(tl.load(r + 1), OUT_KIND) + index
-    _put(target, value, inside, first, r0, r1, tensor, r_step, r_use, OUT_KIND, STOCHASTIC, BLOCK)
-
-
-def _signed(words: Sequence[int]) -> list[int]:
+def signed(words: Sequence[int]) -> list[int]:
     """32-bit words as int32, the type that Triton gives to small numbers."""
     return [word - (word >> 31 << 32) for word in words]
 
 
-def _bits(scale: float) -> int:
+def bits(scale: float) -> int:
     """The pattern of a float32 as int32."""
     return struct.unpack("<i", struct.pack("<f", scale))[0]
 
@@ -354,7 +298,7 @@ def apply_(
     first, scale = terms[0] if terms else (None, 0.0)
     table = out
     if len(terms) > 1:
-        records = [[*_signed(address.words), _bits(s)] for address, s in terms[1:]]
+        records = [[*signed(address.words), bits(s)] for address, s in terms[1:]]
         table = torch.tensor(records, dtype=torch.int32).to(out.device, non_blocking=True)
     pieces = triton.cdiv(count + 127, BLOCK)
     with torch.cuda.device_of(out):
@@ -369,13 +313,13 @@ def apply_(
             start,
             float(decay),
             float(scale),
-            *_signed(first.words if first else (0,) * 5),
-            *_signed(at.words if at else (0,) * 5),
+            *signed(first.words if first else (0,) * 5),
+            *signed(at.words if at else (0,) * 5),
             max(0, len(terms) - 1),
             keep if isinstance(keep, Tensor) else out,
-            *_signed([drawn.threshold if drawn else 0]),
+            *signed([drawn.threshold if drawn else 0]),
             drawn.digits if drawn else 0,
-            *_signed(drawn.address.words if drawn else (0,) * 5),
+            *signed(drawn.address.words if drawn else (0,) * 5),
             OUT_KIND=KINDS[out.dtype],
             WEIGHT_KIND=KINDS[weight.dtype],
             GAUSSIAN=distribution == "gaussian",
@@ -386,104 +330,3 @@ def apply_(
             BLOCK=BLOCK,
             enable_fp_fusion=False,
         )
-
-
-class _Plan(NamedTuple):
-    """Tensors that share a launch."""
-
-    table: Tensor  # int64 [tensors, RECORD]: first program, address of out and weight, elements, decay, id
-    programs: int
-    out_kind: int
-    weight_kind: int
-    even: bool
-
-
-_plans: dict[Any, tuple[list[_Plan], list[int]]] = {}
-
-
-def all_(
-    outs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    ids: Sequence[int],
-    z: Address,
-    scale: float,
-    distribution: philox.Distribution,
-    decays: Sequence[float] | None,
-    at: Address | None,
-    check: Callable[..., None],
-) -> None:
-    """out <- round(decay * weight + scale * z) for each tensor: one launch for all of one dtype.
-
-    A program finds its tensor in a table on the device, 48 bytes a tensor, which is kept for the next time the same memory is
-    worked on. Tensors that do not begin at a multiple of 16 bytes take a launch of their own. `check(out, weight, ...)`
-    refuses tensors that do not fit.
-    """
-    key = (
-        tuple([(out.data_ptr(), weight.data_ptr()) for out, weight in zip(outs, weights, strict=True)]),
-        tuple([(out.dtype, out.shape, weight.dtype, weight.shape) for out, weight in zip(outs, weights, strict=True)]),
-        tuple(ids),
-        decays if decays is None else tuple(decays),
-        outs[0].device,
-    )
-    if key not in _plans or not all(tensor.is_contiguous() for tensor in (*outs, *weights)):
-        for out, weight in zip(outs, weights, strict=True):
-            if out.shape != weight.shape:
-                raise ValueError(f"out has shape {tuple(out.shape)} and weight {tuple(weight.shape)}; they must be equal")
-            check(out, weight, None, distribution, 0, at is not None, None)
-        if len(_plans) >= PLANS:
-            _plans.clear()
-        _plans[key] = _plan(outs, weights, ids, decays)
-    shared, alone = _plans[key]
-    for i in alone:
-        here = None if at is None else replace(at, tensor=ids[i])
-        decay = 1.0 if decays is None else decays[i]
-        apply_(outs[i], weights[i], None, [(replace(z, tensor=ids[i]), scale)], distribution, decay, here, 0)
-    k0, k1, _, step, use = _signed(z.words)
-    r0, r1, _, r_step, r_use = _signed(at.words if at else (0,) * 5)
-    with torch.cuda.device_of(outs[0]):
-        for plan in shared:
-            _many[(plan.programs,)](
-                plan.table,
-                len(plan.table),
-                float(scale),
-                k0,
-                k1,
-                step,
-                use,
-                r0,
-                r1,
-                r_step,
-                r_use,
-                OUT_KIND=plan.out_kind,
-                WEIGHT_KIND=plan.weight_kind,
-                GAUSSIAN=distribution == "gaussian",
-                STOCHASTIC=at is not None,
-                EVEN=plan.even,
-                WORDS=RECORD,
-                BLOCK=BLOCK,
-                enable_fp_fusion=False,
-            )
-
-
-def _plan(
-    outs: Sequence[Tensor], weights: Sequence[Tensor], ids: Sequence[int], decays: Sequence[float] | None
-) -> tuple[list[_Plan], list[int]]:
-    """The launches of `all_`, and the tensors that take one of their own."""
-    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    alone = []
-    for i, (out, weight) in enumerate(zip(outs, weights, strict=True)):
-        if out.dtype not in KINDS or weight.dtype not in KINDS or (out.data_ptr() | weight.data_ptr()) % 16:
-            alone.append(i)
-        elif out.numel():
-            groups.setdefault((out.dtype, weight.dtype), []).append(i)
-    plans = []
-    for (out_kind, weight_kind), members in groups.items():
-        records, programs = [], 0
-        for i in members:
-            decay, count = _bits(1.0 if decays is None else decays[i]), outs[i].numel()
-            records.append((programs, outs[i].data_ptr(), weights[i].data_ptr(), count, decay, ids[i]))
-            programs += triton.cdiv(count, BLOCK)
-        table = torch.tensor(records, dtype=torch.int64).to(outs[0].device)
-        even = all(outs[i].numel() % 16 == 0 for i in members)
-        plans.append(_Plan(table, programs, KINDS[out_kind], KINDS[weight_kind], even))
-    return plans, alone
