@@ -14,7 +14,7 @@ forward keeps for the backward, counted by autograd's hooks.
 
 --device cuda: width 2048, bfloat16, batch 8 x 512, without the sides over nf4; peaks are allocated memory, everything but
 the base. Then a 7B-shaped random model in bfloat16 and in nf4, batch 1 x 2048: SpIEL-AG between selections beside LoRA and
-QLoRA, each in a process of its own, its peak with the weights and the median time of a step (`7b_...`).
+QLoRA, one after the other in this process, its peak with the weights and the median time of a step (`7b_...`).
 """
 
 from __future__ import annotations

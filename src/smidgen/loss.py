@@ -148,11 +148,8 @@ class _HeadNLL(Function):
         total, picked = _log_sums(hidden, tokens, PlainHead(weight, bias), size, blocks)
         ctx.save_for_backward(hidden, tokens, weight, bias, total)
         device = hidden.device.type
-        ctx.size, ctx.blocks, ctx.cast = (
-            size,
-            blocks,
-            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
-        )
+        ctx.cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.size, ctx.blocks = size, blocks
         return total - picked
 
     @staticmethod

@@ -237,14 +237,11 @@ def of_layers(readers: Iterable[Reader], layers: Sequence[nn.Module], run: Calla
         for handle in handles:
             handle.remove()
     merged: dict[int, Reader] = {}
-    kept = []
-    for reader in readers:
-        if reader not in candidates or id(reader.module) in strays:
-            kept.append(reader)
-            continue
+    joined = {id(r) for r in candidates if id(r.module) not in strays}
+    for reader in (r for r in candidates if id(r) in joined):
         layer = home[id(reader.module)]
         merged.setdefault(id(layer), Reader(layer, "layers", nested=True)).tensors.extend(reader.tensors)
-    return [*kept, *merged.values()]
+    return [*(r for r in readers if id(r) not in joined), *merged.values()]
 
 
 def _mergeable(reader: Reader, module: nn.Module) -> bool:

@@ -99,8 +99,7 @@ def displace_(
     keep: Keep | None = None,
 ) -> None:
     """out <- nearest(weight + sum(scale * z)) in out's dtype. `out` and `weight` have one shape and may be one tensor."""
-    if out.shape != weight.shape:
-        raise ValueError(f"out has shape {tuple(out.shape)} and weight {tuple(weight.shape)}; they must be equal")
+    _fit(out, weight)
     _run(out, weight, None, terms, distribution, 1.0, None, start, keep)
 
 
@@ -167,6 +166,8 @@ def all_(
     """
     if not outs:
         return
+    for out, weight in zip(outs, weights, strict=True):
+        _fit(out, weight)
     device = outs[0].device
     if device.type == "cuda" and backend(device) == "triton":
         importlib.import_module("smidgen.noise.cuda_many").all_(outs, weights, ids, z, scale, distribution, decays, at, _check)
@@ -239,6 +240,11 @@ def _run(
     apply_(out, weight, rows, terms, distribution, decay, at, start, keep)
     if apply_ is not philox.apply_:
         _changed((out,))
+
+
+def _fit(out: Tensor, weight: Tensor) -> None:
+    if out.shape != weight.shape:
+        raise ValueError(f"out has shape {tuple(out.shape)} and weight {tuple(weight.shape)}; they must be equal")
 
 
 def _changed(outs: Sequence[Tensor]) -> None:

@@ -115,8 +115,6 @@ def all_(
     )
     if key not in _plans or not all(tensor.is_contiguous() for tensor in (*outs, *weights)):
         for out, weight in zip(outs, weights, strict=True):
-            if out.shape != weight.shape:
-                raise ValueError(f"out has shape {tuple(out.shape)} and weight {tuple(weight.shape)}; they must be equal")
             check(out, weight, None, distribution, 0, at is not None, None)
         if len(_plans) >= PLANS:
             _plans.clear()
