@@ -7,7 +7,7 @@ that all structured ones are tested against.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -106,6 +106,36 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class InMemory:
+    """A scaled dense direction whose address and scale stand in the device's memory: what a captured graph sees. It is displaced
+    along, as the only term of a probe, and nothing else; the scale that comes with it is not used."""
+
+    ids: Mapping[str, int]
+    distribution: Distribution
+    support: frozenset[str] | None
+    held: noise.Held
+
+    def put(self, z: Dense, scale: float) -> None:
+        """Become scale * z."""
+        self.held.put(noise.Address(z.seed, 0, z.step, z.query, z.purpose), scale)
+
+    def _term(self, name: str) -> noise.Held:
+        return replace(self.held, tensor=self.ids[name])
+
+    def displaced(self, name: str, weight: Tensor, scale: float, out: Tensor, *, first: int = 0) -> None:
+        noise.displace_(out, weight, self._term(name), self.distribution, start=first * width(weight))
+
+    def displaced_rows(self, name: str, weight: Tensor, rows: Tensor, scale: float, out: Tensor) -> None:
+        noise.displace_rows_(out, weight, rows, self._term(name), self.distribution)
+
+    def accumulate(self, name: str, rows: slice, out32: Tensor, scale: float) -> None:
+        raise NotImplementedError("a direction in memory is the only term of a probe")
+
+    def factors(self, name: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
 class OnePass:
     """A sum of directions over one tensor that one pass of the noise generator adds to it."""
 
@@ -174,8 +204,9 @@ def displace(probe: Probe, name: str, weight: Tensor, out: Tensor, *, first: int
 def displace_all(probe: Probe, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     """`displace` for several whole tensors; along one dense direction that is one launch on CUDA."""
     z, scale = probe[0]
-    if len(probe) == 1 and type(z) is Dense and (z.support is None or z.support.issuperset(names)):
-        noise.all_(outs, weights, [z.ids[name] for name in names], z.address(names[0]), scale, z.distribution)
+    if len(probe) == 1 and isinstance(z, Dense | InMemory) and (z.support is None or z.support.issuperset(names)):
+        term = z.held if isinstance(z, InMemory) else (z.address(names[0]), scale)
+        noise.all_(outs, weights, [z.ids[name] for name in names], term, z.distribution)
         return
     for name, weight, out in zip(names, weights, outs, strict=True):
         displace(probe, name, weight, out)

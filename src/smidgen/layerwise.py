@@ -117,6 +117,7 @@ class StreamedEngine(BatchedEngine):
     Raises ConfigError, at the first use, for a model that cannot be run so: one without a single stack of layers."""
 
     _whole_layers = False  # layers take turns in the copies that are displaced
+    _captures = False
 
     def __init__(self, model: nn.Module, view: ParamView, kind: Kind, stream: Stream):
         super().__init__(model, view, kind)

@@ -225,7 +225,7 @@ class ParamView:
         if at_once:
             assert type(z) is Dense
             weights, ids, bits = [e.storage for e in at_once], [e.id for e in at_once], at if rounding == "stochastic" else None
-            noise.all_(weights, weights, ids, z.address(at_once[0].name), scale, z.distribution, decays=decays, at=bits)
+            noise.all_(weights, weights, ids, (z.address(at_once[0].name), scale), z.distribution, decays=decays, at=bits)
 
     def _apply_entry(self, entry: Entry, probe: Probe, decay: float, at: noise.Address, rounding: Rounding) -> None:
         if entry.addend is not None:

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from smidgen.directions import Direction, Probe
 from smidgen.forward_mode import Tangent, differentiated, plain_kernels_notice, slopes
+from smidgen.graphs import DEVICES, CannotReplayError, Graphs, attached
 from smidgen.kinds import Kind, seen_as
 from smidgen.linear import fast, layers
 from smidgen.lookup import Displaced, Lens, LensedHead, LookedUp
@@ -71,6 +72,7 @@ class Engine:
     """
 
     _whole_layers = True  # whether a layer's tensors may be displaced together
+    _captures = True  # whether evaluations may become CUDA graphs
 
     def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal"):
         self.model, self.view, self.kind = model, view, seen_as(kind)
@@ -89,6 +91,7 @@ class Engine:
         self.readers = Readers(model, view)
         self._groups: list[Reader] | None = None  # the readers as they are displaced; None: as they are
         self.reuse = Reuse(view)
+        self.graphs = Graphs(model, self.scratch) if self._captures and _on(DEVICES, view) else None
         self._checked = False
         self._linear = layers(model)
 
@@ -216,8 +219,24 @@ class Engine:
             self.reuse.locate(self.model, self.readers, lambda: self._uncounted(run))
 
     def _evaluate(self, batch: Batch, probe: Probe) -> Losses:
-        with self._evaluating(), self.displaced(probe, head=self.own_head):
-            return self._losses(batch, self._seen_head(Displaced(probe)), head_nll)
+        head, output = self._seen_head(Displaced(probe)), None
+        if self.graphs is not None and not self.own_head:
+            inputs = self._inputs(batch)
+            output = self.graphs.output(inputs, probe, self._displaced_output)
+            if output is not None:
+                self._count(inputs)
+        with self._evaluating(), self.displaced(probe if output is None else (), head=self.own_head):
+            return self._losses(batch, head, head_nll, output)
+
+    def _displaced_output(self, inputs: Batch, probe: Probe) -> Tensor:
+        """What a graph keeps of a forward: the logits of a classifier, or what the output head is given. Not counted."""
+        with self._evaluating(), self.displaced(probe, head=False):
+            if self.kind == "classification":
+                return self._run(inputs).logits  # type: ignore[no-any-return]
+            output, _ = self._to_head(inputs, _no_positions)
+        if output is None:
+            raise CannotReplayError("the model computes logits without calling its head")
+        return output
 
     def _uncounted(self, run: Callable[[], T]) -> T:
         """An evaluation that checks us, not one that was asked for."""
@@ -274,12 +293,15 @@ class Engine:
         head = None if not self._applies_head_itself() else PlainHead(self.head.weight, self.head.bias)  # type: ignore[union-attr,arg-type]
         return self._losses(batch, head, head_nll_differentiable)
 
-    def _losses(self, batch: Batch, head: Any, nll: Callable[[Tensor, Tensor, Any], Tensor]) -> Losses:
-        """Losses through `head`, a `loss.Head`; it is not used where the model's own logits are."""
+    def _losses(
+        self, batch: Batch, head: Any, nll: Callable[[Tensor, Tensor, Any], Tensor], output: Tensor | None = None
+    ) -> Losses:
+        """Losses through `head`, a `loss.Head`; it is not used where the model's own logits are. `output`: that of
+        `_displaced_output`, where a forward was run."""
         if self.kind == "classification":
-            return _class_losses(self._forward(batch).logits, batch)
+            return _class_losses(self._forward(batch).logits if output is None else output, batch)
         where = targets(batch["labels"], self.kind)
-        hidden, logits = self._hidden(batch, where)
+        hidden, logits = self._hidden(batch, where, output)
         size = batch["labels"].shape[0]
         choices, tokens = batch.get("choices"), where.tokens
         if logits is None and choices is None:
@@ -296,49 +318,79 @@ class Engine:
     def _applies_head_itself(self) -> bool:
         return self.head is not None and not self.own_head
 
-    def _hidden(self, batch: Batch, where: Targets, *, factor: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Run the trunk; (hidden states at label positions [n, H], None), or (-, the model's own logits [n, V])."""
+    def _hidden(
+        self, batch: Batch, where: Targets, given: Tensor | None = None, *, factor: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the trunk; (hidden states at label positions [n, H], None), or (-, the model's own logits [n, V]).
+
+        given: what the output head was given in a forward that was run before."""
+
+        def picked(x: Tensor) -> Tensor:
+            return _of_row(x, where)[where.keep.to(x.device)]
+
+        if given is not None:
+            return picked(given), None
+        inputs = self._inputs(batch)
+        self._count(inputs)
+        shown = (lambda x: picked(x)[None] * factor) if self.own_head else _no_positions
+        given, logits = self._to_head(inputs, shown)
+        if given is None:  # the model computes logits without calling its head
+            return logits, _of_row(logits, where)[where.keep]
+        return picked(given), logits[0] if self.own_head else None
+
+    def _to_head(self, inputs: Batch, shown: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, Tensor]:
+        """One forward, not counted, whose head is shown something else: (what it was given, its logits)."""
         caught: list[Tensor] = []
         handle = None
         if self.head is not None:
 
             def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                picked = _of_row(args[0], where)[where.keep.to(args[0].device)]
-                caught.append(picked)
-                return (picked[None] * factor if self.own_head else args[0][:, :0], *args[1:])
+                caught.append(args[0])
+                return (shown(args[0]), *args[1:])
 
             handle = self.head.register_forward_pre_hook(tap)
         try:
-            logits = self._forward(batch).logits
+            logits = self._run(inputs).logits
         finally:
             if handle is not None:
                 handle.remove()
-        if not caught:  # the model computes logits without calling its head
-            return logits, _of_row(logits, where)[where.keep]
-        return (caught[0], logits[0]) if self.own_head else (caught[0], None)
+        return (caught[0] if caught else None), logits
 
     def _forward(self, batch: Batch) -> Any:
+        inputs = self._inputs(batch)
+        self._count(inputs)
+        return self._run(inputs)
+
+    def _inputs(self, batch: Batch) -> Batch:
+        """What the model is called with."""
         inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
         if "use_cache" in self._accepted:
             inputs["use_cache"] = False
         if self.kind == "seq2seq" and "decoder_input_ids" not in inputs:
             labels = batch["labels"]
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+        return inputs
+
+    def _count(self, inputs: Batch) -> None:
         self.forwards += 1
         self.tokens += inputs["input_ids"].numel() if "input_ids" in inputs else 0
+
+    def _run(self, inputs: Batch) -> Any:
         return (self.wrapped if self.wrapped is not None and torch.is_grad_enabled() else self.model)(**inputs)
 
     # -- self-check ---------------------------------------------------------------------------------------------------
 
     def check(self, run: Callable[[], Any]) -> None:
         """Find the module that reads each tuned tensor by calling `run`, one evaluation; see `smidgen.readers`."""
-        counts = self.forwards, self.tokens
+        counts, before = (self.forwards, self.tokens), attached(self.model)
         with torch.no_grad(), evaluation_mode(self.model):
             self.readers.locate(run)
-            if self._whole_layers and any(e.tensor.device.type in AT_ONCE for e in self.view):
+            if self._whole_layers and _on(AT_ONCE, self.view):
                 layers = [layer for stack in stacks(self.model) for layer in stack]
                 self._groups = of_layers(self.readers, layers, run)
         self.forwards, self.tokens = counts
+        if self.graphs is not None:
+            self.graphs.known |= attached(self.model) - before  # which transformers attaches at its first forward
 
     def prepare(self, batch: Batch) -> None:
         """The self-check on a batch as for `losses`, unless one was made: what `call` needs before its first probe."""
@@ -378,6 +430,15 @@ def _class_losses(logits: Tensor, batch: Batch) -> Losses:
     labels = batch["labels"]
     rows = torch.arange(labels.shape[0], device=labels.device)
     return Losses(criterion_loss(logits, labels.view(-1), batch), rows, labels.shape[0])
+
+
+def _on(devices: Sequence[str], view: ParamView) -> bool:
+    """Whether a tuned tensor lies on a device of one of these types."""
+    return any(e.tensor.device.type in devices for e in view)
+
+
+def _no_positions(x: Tensor) -> Tensor:
+    return x[:, :0]
 
 
 def _of_row(x: Tensor, where: Targets) -> Tensor:

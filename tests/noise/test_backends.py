@@ -305,9 +305,9 @@ print(noise.backend("cpu"))
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is for Linux")
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("updates", [False, True])
+@pytest.mark.parametrize(("updates", "held"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("sizes", [(2048, 16, 4112), (1, 5001, 37, 300, 0)])
-def test_many_tensors_in_one_launch_have_the_bits_of_each_alone(distribution, updates, sizes, monkeypatch):
+def test_many_tensors_in_one_launch_have_the_bits_of_each_alone(distribution, updates, held, sizes, monkeypatch):
     """Tensors of three dtypes, on and off the grain, one of them beside a multiple of 16 bytes."""
     from smidgen.noise import cuda, cuda_many
 
@@ -332,16 +332,49 @@ def test_many_tensors_in_one_launch_have_the_bits_of_each_alone(distribution, up
                 else:
                     noise.update_(twin, [term], distribution, decay=decay, at=here)
             expected.append(twin)
-        cuda_many.all_(outs, weights, ids, z, scale, distribution, decays if updates else None, at, noise._check)
+        term = None
+        if held:
+            term = noise.Held(torch.zeros(6, dtype=torch.int32, device=ON))
+            term.put(z, scale)
+        given = (noise._NOWHERE, 0.0) if held else (z, scale)
+        cuda_many.all_(outs, weights, ids, *given, distribution, decays if updates else None, at, noise._check, term)
         assert all(same_bits(out.cpu(), twin) for out, twin in zip(outs, expected, strict=True))
         assert launches == [640] * (shift + 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_held_term_is_the_term_that_it_was_given(backend, distribution, dtype):
+    """In displacements of tensors, of rows and of many tensors; the record may change between calls."""
+    record, weight = noise.Held(torch.zeros(6, dtype=torch.int32, device=ON), tensor=7), values(37, 65, dtype=dtype).to(ON)
+    rows = torch.tensor([36, 0, 7, 7])
+    for address, scale in [(replace(terms(1)[0][0], tensor=7), 0.3), (Address(5, 7, 2**32 - 1, 3, noise.PROBE), -2e-3)]:
+        record.put(address, scale)
+        assert record.term() == (address, float(torch.tensor(scale)))
+        with noise.use(backend):
+            outs = [torch.empty_like(weight) for _ in range(3)]
+            noise.displace_(outs[0], weight, record, distribution, start=130)
+            noise.displace_rows_(outs[1][: len(rows)], weight, rows.to(ON), record, distribution)
+            noise.all_([outs[2]], [weight], [9], record, distribution)
+        with noise.use("torch"):
+            for out, operation in zip(outs, ("displace", "rows", "all"), strict=True):
+                twin, here = torch.empty_like(out, device="cpu"), weight.cpu()
+                if operation == "displace":
+                    noise.displace_(twin, here, [(address, scale)], distribution, start=130)
+                elif operation == "rows":
+                    twin, out = twin[: len(rows)], out[: len(rows)]
+                    noise.displace_rows_(twin, here, rows, [(address, scale)], distribution)
+                else:
+                    noise.displace_(twin, here, [(replace(address, tensor=9), scale)], distribution)
+                assert same_bits(out.cpu(), twin), operation
 
 
 @pytest.mark.parametrize("updates", [False, True])
 def test_many_tensors_take_turns_where_no_launch_is_shared(updates):
     (z, scale), weights = terms(1)[0], [values(300), values(37, dtype=torch.bfloat16)]
     at, outs = AT if updates else None, [torch.empty_like(weight) for weight in weights]
-    noise.all_(outs, weights, [5, 6], z, scale, "rademacher", decays=[0.5, 1.0], at=at)
+    noise.all_(outs, weights, [5, 6], (z, scale), "rademacher", decays=[0.5, 1.0], at=at)
     for out, weight, tensor, decay in zip(outs, weights, [5, 6], [0.5, 1.0], strict=True):
         here = AT if at is None else replace(at, tensor=tensor)
         rounding = "nearest" if at is None else "stochastic"
@@ -354,6 +387,6 @@ def test_many_tensors_that_do_not_fit_are_refused(on):
     ((z, scale),) = terms(1)
     square, other = torch.zeros(4, 4, device=on), torch.zeros(5, device=on)
     with pytest.raises(ValueError, match="contiguous"):
-        noise.all_([square.T], [square.T], [1], z, scale, "rademacher")
+        noise.all_([square.T], [square.T], [1], (z, scale), "rademacher")
     with pytest.raises(ValueError, match="equal"):
-        noise.all_([square], [other], [1], z, scale, "rademacher")
+        noise.all_([square], [other], [1], (z, scale), "rademacher")

@@ -26,22 +26,27 @@ def code(out, weight, rows, gaussian, stochastic, keep, terms):
     constants |= dict(TERMS=terms, BLOCK=cuda.BLOCK)
     values = ["*fp32", "*i16"]
     kinds = {"out": values[out > 0], "weight": values[weight > 0], "rows": "*i64", "bits": "*u8"}
-    kinds["table"] = "*i32" if terms == cuda.MORE else kinds["out"]  # a stand-in where nothing is read from it
+    kinds["table"] = "*i32" if terms >= cuda.MORE else kinds["out"]  # a stand-in where nothing is read from it
     kinds |= {"decay": "fp32", "scale": "fp32"}
     return compiled(cuda._kernel, constants, kinds)
 
-def many(out, weight, gaussian, stochastic, even):
+def many(out, weight, gaussian, stochastic, even, held):
     constants = dict(OUT_KIND=out, WEIGHT_KIND=weight, GAUSSIAN=gaussian, STOCHASTIC=stochastic, EVEN=even)
-    constants |= dict(WORDS=cuda_many.RECORD, BLOCK=cuda.BLOCK)
-    return compiled(cuda_many._many, constants, {"records": "*i64", "scale": "fp32"})
+    constants |= dict(HELD=held, WORDS=cuda_many.RECORD, BLOCK=cuda.BLOCK)
+    record = "*i32" if held else "*i64"  # a stand-in where nothing is read from it
+    return compiled(cuda_many._many, constants, {"records": "*i64", "record": record, "scale": "fp32"})
 
-one, more = cuda.ONE, cuda.MORE
-for variant in [(0, 0, False, True, False, cuda.DRAWN, more), (2, 2, True, False, True, cuda.PACKED, one)]:
+one, more, held = cuda.ONE, cuda.MORE, cuda.HELD
+variants = [(0, 0, False, True, False, cuda.DRAWN, more), (2, 2, True, False, True, cuda.PACKED, one)]
+variants += [(1, 1, True, False, False, cuda.ALL, held), (0, 0, False, True, False, cuda.ALL, held)]
+for variant in variants:
     asm = code(*variant)
     assert len(asm["cubin"]) > 1000
     assert not re.search(r"fma\\.|\\.approx|\\.ftz", asm["ptx"]), variant
     assert "sqrt.rn.f32" in asm["ptx"] or not variant[3]
-for variant in [(0, 0, True, False, True), (1, 1, False, True, True), (2, 2, True, True, False)]:
+variants = [(0, 0, True, False, True, False), (1, 1, False, True, True, False), (2, 2, True, True, False, False)]
+variants += [(1, 1, False, False, True, True), (2, 0, True, False, False, True)]
+for variant in variants:
     asm = many(*variant)
     assert not re.search(r"fma\\.|\\.approx|\\.ftz", asm["ptx"]), variant
     assert ("ld.global.v4.b32" in asm["ptx"]) == variant[4], "whole vectors are read where tensors allow it"

@@ -16,6 +16,9 @@ element, so that blocks of rows can be worked on alone. Stochastic rounding appl
 
 `keep` masks an operation: an element that it does not keep stays as it is (displaced: is its weight), bit for bit, also
 under decay; a kept one gets the bits that it would get without a mask. Masks are drawn (`Drawn`) or packed bits (`pack`).
+
+Displacements along one term may find it in memory (`Held`) instead of in the call: then a captured CUDA graph can be replayed
+along another.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from smidgen.noise.philox import (
     Address,
     Distribution,
     Drawn,
+    Held,
     Keep,
     Term,
     check_range,
@@ -63,6 +67,7 @@ __all__ = [
     "Address",
     "Distribution",
     "Drawn",
+    "Held",
     "Keep",
     "Rounding",
     "Term",
@@ -86,13 +91,14 @@ log = logging.getLogger("smidgen")
 _MODULES = {"numba": "smidgen.noise.cpu", "triton": "smidgen.noise.cuda", "torch": "smidgen.noise.philox"}
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _NATIVE = {"cpu": "numba", "cuda": "triton"}
+_NOWHERE = Address(0, 0, 0, 0, 0)
 _forced: ContextVar[str | None] = ContextVar("noise backend", default=None)
 
 
 def displace_(
     out: Tensor,
     weight: Tensor,
-    terms: Sequence[Term],
+    terms: Sequence[Term] | Held,
     distribution: Distribution,
     *,
     start: int = 0,
@@ -107,7 +113,7 @@ def displace_rows_(
     out: Tensor,
     weight: Tensor,
     rows: Tensor,
-    terms: Sequence[Term],
+    terms: Sequence[Term] | Held,
     distribution: Distribution,
     *,
     keep: Keep | None = None,
@@ -152,8 +158,7 @@ def all_(
     outs: Sequence[Tensor],
     weights: Sequence[Tensor],
     ids: Sequence[int],
-    z: Address,
-    scale: float,
+    term: Term | Held,
     distribution: Distribution,
     *,
     decays: Sequence[float] | None = None,
@@ -161,21 +166,25 @@ def all_(
 ) -> None:
     """outs[i] <- round(decays[i] * weights[i] + scale * z) for whole tensors, each with the bits that it has alone.
 
-    Tensor i has its noise at `z`, and its rounding at `at` (to nearest where that is None), with ids[i] for the tensor there.
+    Tensor i has its noise at the term's address, and its rounding at `at` (to nearest where that is None), with ids[i] for the
+    tensor there.
     On CUDA tensors of one dtype share a launch, which takes longer than the noise of a small one; elsewhere they take turns.
     """
     if not outs:
         return
     for out, weight in zip(outs, weights, strict=True):
         _fit(out, weight)
-    device = outs[0].device
+    device, held = outs[0].device, isinstance(term, Held)
     if device.type == "cuda" and backend(device) == "triton":
-        importlib.import_module("smidgen.noise.cuda_many").all_(outs, weights, ids, z, scale, distribution, decays, at, _check)
+        many = importlib.import_module("smidgen.noise.cuda_many")
+        z, scale = (_NOWHERE, 0.0) if held else term
+        many.all_(outs, weights, ids, z, scale, distribution, decays, at, _check, term if held else None)
         _changed(outs)
         return
     for i, (out, weight, tensor) in enumerate(zip(outs, weights, ids, strict=True)):
-        term, here = (replace(z, tensor=tensor), scale), None if at is None else replace(at, tensor=tensor)
-        _run(out, weight, None, [term], distribution, 1.0 if decays is None else decays[i], here, 0, None)
+        mine = replace(term, tensor=tensor) if held else [(replace(term[0], tensor=tensor), term[1])]
+        here = None if at is None else replace(at, tensor=tensor)
+        _run(out, weight, None, mine, distribution, 1.0 if decays is None else decays[i], here, 0, None)
 
 
 def write_(weight: Tensor, value32: Tensor, *, rounding: Rounding, at: Address, start: int = 0) -> None:
@@ -224,7 +233,7 @@ def _run(
     out: Tensor,
     weight: Tensor,
     rows: Tensor | None,
-    terms: Sequence[Term],
+    terms: Sequence[Term] | Held,
     distribution: Distribution,
     decay: float,
     at: Address | None,
@@ -237,7 +246,12 @@ def _run(
         keep = None  # all elements
     forced = _forced.get()
     apply_ = _load(weight.device.type)[1] if forced is None else importlib.import_module(_MODULES[forced]).apply_
-    apply_(out, weight, rows, terms, distribution, decay, at, start, keep)
+    if not isinstance(terms, Held):
+        apply_(out, weight, rows, terms, distribution, decay, at, start, keep)
+    elif apply_.__module__ == _MODULES["triton"]:
+        apply_(out, weight, rows, (), distribution, decay, at, start, keep, terms)  # type: ignore[call-arg]
+    else:
+        apply_(out, weight, rows, [terms.term()], distribution, decay, at, start, keep)
     if apply_ is not philox.apply_:
         _changed((out,))
 

@@ -6,7 +6,8 @@ over elements by joins and reshapes. 16-bit tensors go through integer views: co
 the same on every device and in Triton's interpreter. Multiplications and additions are not fused (`enable_fp_fusion`
 off) and the square root is the IEEE one, so normals have the bits of the definition too.
 
-The first term's address is passed by value; further terms are read from a small table that is copied to the device.
+The first term's address is passed by value; further terms are read from a small table that is copied to the device, a held
+one (`philox.Held`) from its record.
 Element numbers are 64-bit. With TRITON_INTERPRET=1 the kernel runs on CPU tensors, for tests.
 """
 
@@ -21,18 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from smidgen.noise import philox
-from smidgen.noise.philox import Address, Drawn, Keep, Term
+from smidgen.noise.philox import Address, Drawn, Held, Keep, Term
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 ALL, DRAWN, PACKED = 0, 1, 2
-NONE, ONE, MORE = 0, 1, 2  # terms; only with more is there a table
+NONE, ONE, MORE, HELD = 0, 1, 2, 3  # terms; only with more, or a held one, is there a table
 BLOCK = 2048  # elements of a program: 16 Rademacher blocks
 
 # Triton reads module constants of this type only.
 _FLOAT32, _BFLOAT16, _FLOAT16 = tl.constexpr(FLOAT32), tl.constexpr(BFLOAT16), tl.constexpr(FLOAT16)
 _ALL, _DRAWN = tl.constexpr(ALL), tl.constexpr(DRAWN)
-_NONE, _MORE = tl.constexpr(NONE), tl.constexpr(MORE)
+_NONE, _MORE, _HELD = tl.constexpr(NONE), tl.constexpr(MORE), tl.constexpr(HELD)
 _DIGITS = tl.constexpr(philox.DIGITS)
 _M0, _M1 = (tl.constexpr(m) for m in philox.MULTIPLIERS)
 _STEP0, _STEP1 = (tl.constexpr(i) for i in philox.INCREMENTS)
@@ -176,6 +177,13 @@ def put(
         tl.store(target, value, mask=inside)
 
 
+@triton.jit
+def held(record):
+    """Key, step, use and scale of a held term; see philox.Held."""
+    scale = tl.load(record + 5).to(tl.float32, bitcast=True)
+    return tl.load(record), tl.load(record + 1), tl.load(record + 3), tl.load(record + 4), scale
+
+
 _NUMBERS = ["pieces", "count", "width", "start", "decay", "scale", "more", "threshold", "digits"]
 _ADDRESSES = ["k0", "k1", "tensor", "step", "use", "r0", "r1", "r_tensor", "r_step", "r_use"]
 _ADDRESSES += ["m0", "m1", "m_tensor", "m_step", "m_use"]
@@ -236,6 +244,8 @@ def _kernel(
     inside = (index >= 0) & (index < n)
     whole = widen(tl.load(source + index, mask=inside, other=0), WEIGHT_KIND)
     value = whole * decay
+    if TERMS == _HELD:
+        k0, k1, step, use, scale = held(table)
     if TERMS != _NONE:
         value = value + noise(first, k0, k1, tensor, step, use, GAUSSIAN, BLOCK) * scale
     if TERMS == _MORE:  # else the table is a stand-in, of any type
@@ -281,12 +291,14 @@ def apply_(
     at: Address | None,
     start: int,
     keep: Keep | None = None,
+    held: Held | None = None,
 ) -> None:
-    """out <- round(decay * weight + sum(scale * z)) as philox.apply_ defines it.
+    """out <- round(decay * weight + sum(scale * z)) as philox.apply_ defines it; `held` is the one term where it is given.
 
     Rows outside the weight are not noticed: they would cost a synchronisation.
     """
     if out.dtype not in KINDS or weight.dtype not in KINDS:
+        terms = terms if held is None else [held.term()]
         philox.apply_(out, weight, rows, terms, distribution, decay, at, start, keep)
         return
     if out.numel() == 0:
@@ -296,7 +308,9 @@ def apply_(
         count, lines, rows = width, len(rows), rows.contiguous()
     drawn = keep if isinstance(keep, Drawn) else None
     first, scale = terms[0] if terms else (None, 0.0)
-    table = out
+    if held is not None:
+        first = Address(0, held.tensor, 0, 0, 0)  # the rest of it is read
+    table = out if held is None else held.record
     if len(terms) > 1:
         records = [[*signed(address.words), bits(s)] for address, s in terms[1:]]
         table = torch.tensor(records, dtype=torch.int32).to(out.device, non_blocking=True)
@@ -323,7 +337,7 @@ def apply_(
             OUT_KIND=KINDS[out.dtype],
             WEIGHT_KIND=KINDS[weight.dtype],
             GAUSSIAN=distribution == "gaussian",
-            TERMS=min(len(terms), MORE),
+            TERMS=min(len(terms), MORE) if held is None else HELD,
             STOCHASTIC=at is not None,
             ROWS=rows is not None,
             KEEP=ALL if keep is None else DRAWN if drawn else PACKED,

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from smidgen.noise import cuda, philox
-from smidgen.noise.cuda import noise, put, widen
-from smidgen.noise.philox import Address
+from smidgen.noise.cuda import held, noise, put, widen
+from smidgen.noise.philox import Address, Held
 
 RECORD = 6  # numbers of a tensor in the table
 PLANS = 1024  # tables kept
@@ -38,6 +38,7 @@ _SHARED = ["tensors", "scale", "k0", "k1", "step", "use", "r0", "r1", "r_step", 
 @triton.jit(do_not_specialize=_SHARED)
 def _many(
     records,
+    record,
     tensors,
     scale,
     k0,
@@ -53,6 +54,7 @@ def _many(
     GAUSSIAN: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     EVEN: tl.constexpr,
+    HELD: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -72,6 +74,8 @@ def _many(
     inside = index < n
     value = widen(tl.load(_at(tl.load(r + 2), WEIGHT_KIND) + index, mask=inside, other=0), WEIGHT_KIND)
     value = value * tl.load(r + 4).to(tl.int32).to(tl.float32, bitcast=True)
+    if HELD:  # else the record is a stand-in
+        k0, k1, step, use, scale = held(record)
     value = value + noise(first, k0, k1, tensor, step, use, GAUSSIAN, BLOCK) * scale
     target = _at(tl.load(r + 1), OUT_KIND) + index
     put(target, value, inside, first, r0, r1, tensor, r_step, r_use, OUT_KIND, STOCHASTIC, BLOCK)
@@ -90,6 +94,11 @@ class _Plan(NamedTuple):
 _plans: dict[Any, tuple[list[_Plan], list[int]]] = {}
 
 
+def tables() -> list[Tensor]:
+    """All tables that are kept now: who captures launches has to hold them."""
+    return [plan.table for plans, _ in _plans.values() for plan in plans]
+
+
 def all_(
     outs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -100,11 +109,12 @@ def all_(
     decays: Sequence[float] | None,
     at: Address | None,
     check: Callable[..., None],
+    term: Held | None = None,
 ) -> None:
     """out <- round(decay * weight + scale * z) for each tensor: one launch for all of one dtype.
 
     Tensors that do not begin at a multiple of 16 bytes take a launch of their own. `check(out, weight, ...)` refuses tensors
-    that do not fit.
+    that do not fit. `term`: z and scale are read from it.
     """
     key = (
         tuple([(out.data_ptr(), weight.data_ptr()) for out, weight in zip(outs, weights, strict=True)]),
@@ -123,13 +133,15 @@ def all_(
     for i in alone:
         here = None if at is None else replace(at, tensor=ids[i])
         decay = 1.0 if decays is None else decays[i]
-        cuda.apply_(outs[i], weights[i], None, [(replace(z, tensor=ids[i]), scale)], distribution, decay, here, 0)
+        mine = None if term is None else replace(term, tensor=ids[i])
+        cuda.apply_(outs[i], weights[i], None, [(replace(z, tensor=ids[i]), scale)], distribution, decay, here, 0, None, mine)
     k0, k1, _, step, use = cuda.signed(z.words)
     r0, r1, _, r_step, r_use = cuda.signed(at.words if at else (0,) * 5)
     with torch.cuda.device_of(outs[0]):
         for plan in shared:
             _many[(plan.programs,)](
                 plan.table,
+                plan.table if term is None else term.record,
                 len(plan.table),
                 float(scale),
                 k0,
@@ -145,6 +157,7 @@ def all_(
                 GAUSSIAN=distribution == "gaussian",
                 STOCHASTIC=at is not None,
                 EVEN=plan.even,
+                HELD=term is not None,
                 WORDS=RECORD,
                 BLOCK=cuda.BLOCK,
                 enable_fp_fusion=False,

@@ -112,6 +112,29 @@ Term = tuple[Address, float]
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """One term whose address, but for the tensor, and whose scale stand in memory, where a captured CUDA graph reads them.
+
+    record: int32 [6] on the device of the weights: the words of an address and the pattern of the float32 scale.
+    """
+
+    record: Tensor
+    tensor: int = 0
+
+    def put(self, address: Address, scale: float) -> None:
+        """Change what the record says, in the order of the device's work."""
+        bits = int(torch.tensor(scale, dtype=torch.float32).view(torch.int32))
+        words = [word - (word >> 31 << 32) for word in address.words]
+        self.record.copy_(torch.tensor([*words, bits], dtype=torch.int32), non_blocking=True)
+
+    def term(self) -> Term:
+        """The term as numbers: waits for the device."""
+        seed_low, seed_high, _, step, use = (word & _32 for word in self.record[:5].tolist())
+        address = Address(seed_high << 32 | seed_low, self.tensor, step, use >> 8, use & 0xFF)
+        return address, float(self.record[5:].view(torch.float32))
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """A random mask: element i is kept iff its uniform number is below threshold / 2^32, independently of all others.
 

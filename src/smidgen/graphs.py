@@ -1,0 +1,174 @@
+"""Evaluations on a CUDA device as graphs: captured once for each shape of a batch, then replayed.
+
+A forward of a language model is some hundreds of small kernels. Launching them, and our hooks around every layer, takes the CPU
+longer than a batch of short rows takes the device; a replay takes neither. What is captured is a forward of the model at
+theta + scale * z with the address of z and the scale in the device's memory (`directions.InMemory`), so that one graph serves
+all dense directions of one distribution and support. The output head is applied outside: label positions vary.
+
+Whether an evaluation is replayed depends on the shapes of its batch and its probe, never on what ran before, since a resumed run
+must get the same bits: within a capture transformers lets attention masks be explicit, so that another kernel may run.
+
+Run as before, without a graph: sums of directions, masked directions, a model with hooks or replaced forwards that were not there
+at the self-check, or one whose forward cannot be captured (one that waits for the device); one line says so. The first graph is
+compared with an ordinary evaluation. Memory: one forward's activations, kept by the graphs together, and each graph's inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from smidgen import noise
+from smidgen.directions import Dense, InMemory, Probe
+from smidgen.scratch import Scratch
+
+log = logging.getLogger("smidgen")
+
+KEPT = 64  # graphs of one model; chosen: the shapes of batches that are grouped by length are fewer
+DEVICES = ("cuda",)
+
+Inputs = dict[str, Any]
+Run = Callable[[Inputs, Probe], Tensor]
+
+
+class CannotReplayError(Exception):
+    """What an evaluation returns cannot be kept by a graph."""
+
+
+class _Graph(NamedTuple):
+    replay: Callable[[], Any]
+    inputs: Inputs
+    output: Tensor
+    direction: InMemory | None
+    tables: list[Tensor]  # that its kernels read
+    buffers: dict[Any, Tensor]  # scratch, when it was captured
+
+
+class Graphs:
+    """The captured evaluations of one model."""
+
+    def __init__(self, model: nn.Module, scratch: Scratch):
+        self.model, self.scratch = model, scratch
+        self.reason: str | None = None  # why nothing is captured any more
+        self.known = attached(model)  # hooks that are part of it
+        self._modules = list(model.modules())
+        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+        self._state: tuple[int, ...] = ()
+        self._pool: Any = None
+
+    def output(self, inputs: Inputs, probe: Probe, run: Run) -> Tensor | None:
+        """What `run(inputs, probe)` returns, valid until the next call; None where it has to be run in the ordinary way.
+
+        `run` is a forward of the model at theta + probe that reads nothing but its arguments and the weights.
+        """
+        if self.reason is not None or not _single(probe) or attached(self.model) != self.known:
+            return None
+        state = self._pointers()
+        if state != self._state:
+            self._graphs.clear()
+            self._state = state
+        key = (_shapes(inputs), _kind(probe))
+        graph = self._graphs.get(key)
+        if graph is None or any(self.scratch.buffers.get(slot) is not buffer for slot, buffer in graph.buffers.items()):
+            try:
+                graph = self._capture(inputs, probe, run)
+            except (RuntimeError, CannotReplayError) as error:
+                self.reason = str(error).strip().splitlines()[0]
+                log.warning("evaluations are not captured as CUDA graphs: %s", self.reason)
+                self._graphs.clear()
+                return None
+            self._graphs[key] = graph
+            while len(self._graphs) > KEPT:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                graph.inputs[name].copy_(value, non_blocking=True)
+        if graph.direction is not None:
+            z, scale = probe[0]
+            assert isinstance(z, Dense)
+            graph.direction.put(z, scale)
+        graph.replay()
+        return graph.output
+
+    def _capture(self, inputs: Inputs, probe: Probe, run: Run) -> _Graph:
+        still: Inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        direction, seen = None, probe
+        if probe:
+            z, scale = probe[0]
+            assert isinstance(z, Dense)
+            record = noise.Held(torch.zeros(6, dtype=torch.int32, device=next(self.model.parameters()).device))
+            direction = InMemory(z.ids, z.distribution, z.support, record)
+            direction.put(z, scale)
+            seen = [(direction, 1.0)]
+        plain = run(still, seen)  # compiles kernels, makes tables and scratch: nothing of that may happen in a capture
+        output = self.scratch.like("graph", plain)
+        replay, self._pool = record_graph(lambda: output.copy_(run(still, seen)), self._pool)
+        if not self._graphs:
+            replay()
+            gap = float((output.float() - plain.float()).norm() / plain.float().norm())
+            allowed = 1e-3 if plain.dtype == torch.float32 else 5e-2  # relative; roundings differ by 1e-6 and 1e-2 at most
+            if not gap <= allowed:
+                raise CannotReplayError(f"a replay differs from an evaluation by {gap:.2g}")
+        return _Graph(replay, still, output, direction, _tables(), dict(self.scratch.buffers))
+
+    def _pointers(self) -> tuple[int, ...]:
+        """Where the weights lie that captured kernels read."""
+        parts = (t for m in self._modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+        return tuple(t.data_ptr() for t in parts)
+
+
+def record_graph(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """(a function that does on the device what `run` launches, the memory pool that graphs share).
+
+    Raises RuntimeError for what cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),  # comes back also from a capture that fails
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        run()
+    return graph.replay, graph.pool()
+
+
+def _tables() -> list[Tensor]:
+    if noise.backend("cuda") != "triton":
+        return []
+    from smidgen.noise import cuda_many
+
+    return cuda_many.tables()
+
+
+def attached(model: nn.Module) -> set[Any]:
+    """Hooks and replaced forwards of a model's modules."""
+    found: set[Any] = set()
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            found |= {(id(module), key) for key in (*module._forward_hooks, *module._forward_pre_hooks)}
+        if "forward" in module.__dict__:
+            found.add((id(module), id(module.__dict__["forward"])))
+    return found
+
+
+def _single(probe: Probe) -> bool:
+    """Whether a probe is theta itself or one dense direction."""
+    return not probe or (len(probe) == 1 and type(probe[0][0]) is Dense)
+
+
+def _kind(probe: Probe) -> Any:
+    """What is the same in all probes that one graph serves."""
+    if not probe:
+        return None
+    z = probe[0][0]
+    assert isinstance(z, Dense)
+    return z.distribution, z.support, tuple(z.ids.values())
+
+
+def _shapes(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple((k, (v.shape, v.dtype) if isinstance(v, Tensor) else v) for k, v in inputs.items())

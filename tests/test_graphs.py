@@ -1,0 +1,147 @@
+"""Captured evaluations, with a recorder that runs again what it was given in place of a CUDA graph: what is read from where, and
+when nothing is captured. On a GPU: tests/gpu/test_graphs_gpu.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from families import batch, make
+from smidgen import graphs, probing
+from smidgen.directions import Dense
+from smidgen.params import ParamView
+from smidgen.probing import Engine
+
+
+class Recorder:
+    """Counts captures and replays; a replay is another run."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, run, pool):
+        self.captures += 1
+
+        def replay():
+            self.replays += 1
+            run()
+
+        return replay, pool
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    found = Recorder()
+    monkeypatch.setattr(graphs, "record_graph", found)
+    monkeypatch.setattr(probing, "DEVICES", ("cpu",))
+    monkeypatch.setattr(probing, "AT_ONCE", ("cpu",))
+    return found
+
+
+def engines(family, dtype=torch.float32):
+    """One whose evaluations are captured, one without, and rows."""
+    kind, model = make(family, dtype)
+    view = ParamView.of_model(model)
+    ours, plain = Engine(model, view, kind), Engine(model, view, kind)
+    plain.graphs = None
+    return kind, model, view, ours, plain
+
+
+def direction(view, **changed):
+    return Dense(**{"seed": 2**63 + 5, "step": 3, "query": 1, "ids": view.ids, **changed})
+
+
+@pytest.mark.parametrize("family", ["opt-tied", "llama-untied", "roberta-masked", "t5-tied", "bert-classification", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replays_have_the_bits_of_ordinary_evaluations(family, dtype, recorder):
+    """Of one graph along other directions, at other scales and for other rows; at theta too."""
+    kind, _, view, ours, plain = engines(family, dtype)
+    for seed in (0, 1):
+        rows = batch(kind, rows=3, seed=seed)
+        for probe in [(), *([(direction(view, step=s, seed=2**64 - 1 - s), scale)] for s in (1, 2**32 - 1) for scale in (0.1, -0.2))]:
+            a, b = ours.losses(rows, probe), plain.losses(rows, probe)
+            assert torch.equal(a.nll, b.nll) and torch.equal(a.rows, b.rows) and a.size == b.size
+    assert (ours.forwards, ours.tokens) == (plain.forwards, plain.tokens)
+    assert ours.graphs.reason is None
+    assert recorder.captures == 2, "one of theta, one along a direction"
+    assert recorder.replays == 2 * 5 + 1, "each evaluation, and the comparison of the first graph"
+
+
+def test_each_shape_has_a_graph_of_its_own_and_old_ones_go(recorder, monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    kind, _, view, ours, plain = engines("opt-tied")
+    probe = [(direction(view), 0.1)]
+    for rows in (2, 3, 4, 2):
+        data = batch(kind, rows=rows)
+        assert torch.equal(ours.losses(data, probe).nll, plain.losses(data, probe).nll)
+    assert recorder.captures == 4
+    ours.losses(batch(kind, rows=4), probe)
+    assert recorder.captures == 4
+
+
+def test_weights_elsewhere_are_captured_again(recorder):
+    kind, model, view, ours, _ = engines("opt-tied")
+    data, probe = batch(kind), [(direction(view), 0.1)]
+    before = ours.losses(data, probe).nll
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data = p.data * 1.5
+    after = ours.losses(data, probe).nll
+    assert recorder.captures == 2 and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kind_of", ["two", "rademacher and gaussian", "support"])
+def test_sums_are_run_and_other_directions_are_captured_apart(kind_of, recorder):
+    kind, _, view, ours, plain = engines("opt-tied")
+    z, name = direction(view), next(iter(view)).name
+    probes = {
+        "two": [[(z, 0.1), (direction(view, step=9), 0.1)]],
+        "rademacher and gaussian": [[(z, 0.1)], [(direction(view, distribution="gaussian"), 0.1)]],
+        "support": [[(z, 0.1)], [(direction(view, support=frozenset({name})), 0.1)]],
+    }[kind_of]
+    data = batch(kind)
+    for probe in probes:
+        assert torch.equal(ours.losses(data, probe).nll, plain.losses(data, probe).nll)
+    assert recorder.captures == (0 if kind_of == "two" else 2)
+
+
+def test_a_hook_that_looks_at_the_model_sees_every_evaluation(recorder):
+    kind, model, view, ours, _ = engines("opt-tied")
+    data, probe, seen = batch(kind), [(direction(view), 0.1)], []
+    ours.losses(data, probe)
+    handle = model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    ours.losses(data, probe)
+    handle.remove()
+    ours.losses(data, probe)
+    assert len(seen) == 1 and recorder.captures == 1
+
+
+def test_what_cannot_be_captured_is_run_and_said_once(recorder, monkeypatch, caplog):
+    def fails(run, pool):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+
+    monkeypatch.setattr(graphs, "record_graph", fails)
+    kind, _, view, ours, plain = engines("opt-tied")
+    data, probe = batch(kind), [(direction(view), 0.1)]
+    for _ in range(2):
+        assert torch.equal(ours.losses(data, probe).nll, plain.losses(data, probe).nll)
+    assert [r.message for r in caplog.records if "captured" in r.message] == [
+        "evaluations are not captured as CUDA graphs: CUDA error: operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_replay_that_gives_something_else_is_not_trusted(recorder, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "record_graph", lambda run, pool: (lambda: None, pool))  # a replay that does nothing
+    kind, _, view, ours, plain = engines("opt-tied")
+    data, probe = batch(kind), [(direction(view), 0.1)]
+    assert torch.equal(ours.losses(data, probe).nll, plain.losses(data, probe).nll)
+    assert "differs from an evaluation" in caplog.text
+
+
+def test_a_model_that_keeps_its_own_head_is_run(recorder):
+    kind, _, view, ours, _ = engines("opt-tied")
+    data = batch(kind)
+    ours.check_batch(data)
+    ours.own_head = True
+    ours.losses(data, [(direction(view), 0.1)])
+    assert recorder.captures == 0
