@@ -67,6 +67,24 @@ def test_an_entry_without_seeds_begins_anew():
     assert abs(float(before[1] - w[1]) - 0.1) < 1e-6  # a first step of Adam is lr long
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_tensor_without_support_is_as_old_as_the_run(size):
+    """Beside one whose entries are of two generations: a classifier's new head, which is tuned whole."""
+    a, b = torch.linspace(-1, 1, size).requires_grad_(), torch.linspace(-1, 1, size).requires_grad_()
+    support = Support((4, 4), torch.arange(3))
+    view = ParamView.of_tensors([torch.zeros(3, requires_grad=True), a])
+    view["0"].support = support
+    ours, theirs = SparseAdamW(view, lr=0.01, max_grad_norm=0), torch.optim.Adam([b], lr=0.01, foreach=False)
+    for t in range(6):
+        ours.step(lambda: loss_of([a]) + view["0"].tensor.sum())
+        theirs.zero_grad()
+        loss_of([b]).backward()
+        theirs.step()
+        if t == 2:
+            ours.reselect("0", torch.tensor([0, -1, 2]), None)
+    assert ours.births == [0, 3] and torch.allclose(a, b, atol=1e-6)
+
+
 def test_generations_are_shared_and_come_back_from_the_state():
     view = supported()
     opt = SparseAdamW(view, lr=0.1)

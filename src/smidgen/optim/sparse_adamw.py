@@ -107,10 +107,8 @@ class SparseAdamW(GradientOptimizer):
             v.mul_(cfg.beta2).addcmul_(g[span], g[span], value=1.0 - cfg.beta2)
             root = v.sqrt()
             self._write(state, "exp_avg_sq", span, v)
-            a, b = first, second
-            if "generation" in state:
-                born = state["generation"].view(-1)[span].long()
-                a, b = first[born], second[born]
+            born = state["generation"].view(-1)[span].long() if "generation" in state else 0  # the first: since the start
+            a, b = first[born], second[born]
             if cfg.compat_eps:
                 root.add_(cfg.eps).div_(b.sqrt())
             else:
