@@ -1,5 +1,5 @@
-"""Captured evaluations, with a recorder that runs again what it was given in place of a CUDA graph: what is read from where, and
-when nothing is captured. On a GPU: tests/gpu/test_graphs_gpu.py."""
+"""Captured evaluations, with a recorder that runs again what it was given in place of a CUDA graph: what is read from where,
+and when nothing is captured. On a GPU: tests/gpu/test_graphs_gpu.py."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def test_replays_have_the_bits_of_ordinary_evaluations(family, dtype, recorder):
     kind, _, view, ours, plain = engines(family, dtype)
     for seed in (0, 1):
         rows = batch(kind, rows=3, seed=seed)
-        for probe in [(), *([(direction(view, step=s, seed=2**64 - 1 - s), scale)] for s in (1, 2**32 - 1) for scale in (0.1, -0.2))]:
+        for probe in [
+            (),
+            *([(direction(view, step=s, seed=2**64 - 1 - s), scale)] for s in (1, 2**32 - 1) for scale in (0.1, -0.2)),
+        ]:
             a, b = ours.losses(rows, probe), plain.losses(rows, probe)
             assert torch.equal(a.nll, b.nll) and torch.equal(a.rows, b.rows) and a.size == b.size
     assert (ours.forwards, ours.tokens) == (plain.forwards, plain.tokens)

@@ -270,6 +270,10 @@ class RunConfig(BaseModel):
     probes_at_once: int | None = Field(
         None, ge=1, description="low-rank probes of one forward, at most; none: as many as memory takes"
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="on CUDA, capture the evaluations of dense probes as graphs and replay them: fewer milliseconds a step",
+    )
     probe_ranks: int = Field(1, ge=1, description="ranks in a row that see the same rows and share a step's probes; 1: none")
     check_ranks: int = Field(100, ge=0, description="steps between comparisons of all ranks' weights by hash; 0: none")
     max_bad_steps: int = Field(20, ge=1, description="steps without a finite loss before the run ends")

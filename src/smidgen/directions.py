@@ -107,8 +107,8 @@ class Masked:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A scaled dense direction whose address and scale stand in the device's memory: what a captured graph sees. It is displaced
-    along, as the only term of a probe, and nothing else; the scale that comes with it is not used."""
+    """A scaled dense direction whose address and scale stand in the device's memory: what a captured graph sees. It is the only
+    term of a probe, to be displaced along; the scale that comes with it is not used."""
 
     ids: Mapping[str, int]
     distribution: Distribution

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -30,7 +29,7 @@ from torch.nn import functional as F
 from smidgen.directions import Direction, Probe
 from smidgen.forward_mode import Tangent, differentiated, plain_kernels_notice, slopes
 from smidgen.graphs import DEVICES, CannotReplayError, Graphs, attached
-from smidgen.kinds import Kind, seen_as
+from smidgen.kinds import Kind
 from smidgen.linear import fast, layers
 from smidgen.lookup import Displaced, Lens, LensedHead, LookedUp
 from smidgen.loss import (
@@ -38,7 +37,6 @@ from smidgen.loss import (
     NOT_INPUTS,
     Losses,
     PlainHead,
-    Targets,
     choice_index,
     choice_logits,
     criterion_loss,
@@ -50,21 +48,21 @@ from smidgen.loss import (
 from smidgen.modes import evaluation_mode
 from smidgen.params import Entry, ParamView
 from smidgen.per_example import Span, known, one_by_one, varies
-from smidgen.placed import around, homes, wrapped
-from smidgen.readers import Reader, Readers, of_layers, output_head, unwrapped
+from smidgen.placed import around, wrapped
+from smidgen.readers import Reader, Readers, of_layers, unwrapped
 from smidgen.reuse import Held, Reuse, stacks
 from smidgen.scratch import Scratch
+from smidgen.trunk import Batch, Trunk, no_positions
 
 log = logging.getLogger("smidgen")
 
-Batch = dict[str, Any]
 T = TypeVar("T")
 
 AT_ONCE = ("cuda",)  # devices on which a layer's tensors are displaced together
 _LARGE = 64.0  # hidden states times this show a soft cap that ordinary ones stay below
 
 
-class Engine:
+class Engine(Trunk):
     """Sequential probing of one model.
 
     `kind` decides how labels meet logits (see `smidgen.loss`). `forwards` counts evaluations. The first batch that an
@@ -75,19 +73,13 @@ class Engine:
     _captures = True  # whether evaluations may become CUDA graphs
 
     def __init__(self, model: nn.Module, view: ParamView, kind: Kind = "causal"):
-        self.model, self.view, self.kind = model, view, seen_as(kind)
-        self.forwards = 0  # model evaluations so far
-        self.tokens = 0  # input tokens of those evaluations
+        super().__init__(model, kind)
+        self.view = view
         self.backwards = 0  # back-propagations so far
         self.jvps = 0  # evaluations in forward mode so far; `forwards` counts each as one too
         self.bad_steps = 0  # steps without a finite loss so far
-        self.wrapped: nn.Module | None = None  # what back-propagation runs instead of the model: it averages over ranks
         self._entries = {id(e.tensor): e for e in view}
         self.scratch = Scratch()
-        self._accepted = set(inspect.signature(unwrapped(model).forward).parameters)
-        # The output head over the vocabulary, None where there is none; own_head: the model has to run it by itself.
-        self.head = output_head(model) if kind != "classification" else None
-        self.own_head = self.head is not None and (not isinstance(self.head, nn.Linear) or homes(self.head) is not None)
         self.readers = Readers(model, view)
         self._groups: list[Reader] | None = None  # the readers as they are displaced; None: as they are
         self.reuse = Reuse(view)
@@ -233,7 +225,7 @@ class Engine:
         with self._evaluating(), self.displaced(probe, head=False):
             if self.kind == "classification":
                 return self._run(inputs).logits  # type: ignore[no-any-return]
-            output, _ = self._to_head(inputs, _no_positions)
+            output, _ = self._to_head(inputs, no_positions)
         if output is None:
             raise CannotReplayError("the model computes logits without calling its head")
         return output
@@ -315,69 +307,6 @@ class Engine:
     def _seen_head(self, lens: Lens) -> Any:
         return LensedHead(self.head, lens, self.entry_of, self.scratch.like) if self._applies_head_itself() else None  # type: ignore[arg-type]
 
-    def _applies_head_itself(self) -> bool:
-        return self.head is not None and not self.own_head
-
-    def _hidden(
-        self, batch: Batch, where: Targets, given: Tensor | None = None, *, factor: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the trunk; (hidden states at label positions [n, H], None), or (-, the model's own logits [n, V]).
-
-        given: what the output head was given in a forward that was run before."""
-
-        def picked(x: Tensor) -> Tensor:
-            return _of_row(x, where)[where.keep.to(x.device)]
-
-        if given is not None:
-            return picked(given), None
-        inputs = self._inputs(batch)
-        self._count(inputs)
-        shown = (lambda x: picked(x)[None] * factor) if self.own_head else _no_positions
-        given, logits = self._to_head(inputs, shown)
-        if given is None:  # the model computes logits without calling its head
-            return logits, _of_row(logits, where)[where.keep]
-        return picked(given), logits[0] if self.own_head else None
-
-    def _to_head(self, inputs: Batch, shown: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, Tensor]:
-        """One forward, not counted, whose head is shown something else: (what it was given, its logits)."""
-        caught: list[Tensor] = []
-        handle = None
-        if self.head is not None:
-
-            def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                caught.append(args[0])
-                return (shown(args[0]), *args[1:])
-
-            handle = self.head.register_forward_pre_hook(tap)
-        try:
-            logits = self._run(inputs).logits
-        finally:
-            if handle is not None:
-                handle.remove()
-        return (caught[0] if caught else None), logits
-
-    def _forward(self, batch: Batch) -> Any:
-        inputs = self._inputs(batch)
-        self._count(inputs)
-        return self._run(inputs)
-
-    def _inputs(self, batch: Batch) -> Batch:
-        """What the model is called with."""
-        inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
-        if "use_cache" in self._accepted:
-            inputs["use_cache"] = False
-        if self.kind == "seq2seq" and "decoder_input_ids" not in inputs:
-            labels = batch["labels"]
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
-        return inputs
-
-    def _count(self, inputs: Batch) -> None:
-        self.forwards += 1
-        self.tokens += inputs["input_ids"].numel() if "input_ids" in inputs else 0
-
-    def _run(self, inputs: Batch) -> Any:
-        return (self.wrapped if self.wrapped is not None and torch.is_grad_enabled() else self.model)(**inputs)
-
     # -- self-check ---------------------------------------------------------------------------------------------------
 
     def check(self, run: Callable[[], Any]) -> None:
@@ -435,15 +364,6 @@ def _class_losses(logits: Tensor, batch: Batch) -> Losses:
 def _on(devices: Sequence[str], view: ParamView) -> bool:
     """Whether a tuned tensor lies on a device of one of these types."""
     return any(e.tensor.device.type in devices for e in view)
-
-
-def _no_positions(x: Tensor) -> Tensor:
-    return x[:, :0]
-
-
-def _of_row(x: Tensor, where: Targets) -> Tensor:
-    """x [B, m + T, ...] without the positions of m virtual tokens that a scheme puts before the row -> [B, T, ...]."""
-    return x[:, x.shape[1] - where.keep.shape[1] :]
 
 
 def _few(batch: Batch) -> Batch:

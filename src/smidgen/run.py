@@ -252,6 +252,8 @@ def _train(
     assert trainer.engine is not None
     trainer.engine.reuse.every = config.reuse
     trainer.engine.group = config.probes_at_once
+    if not config.cuda_graphs:
+        trainer.engine.graphs = None
     if not config.resume:  # whatever can be refused has been
         start.begun = True
         if world.leads():

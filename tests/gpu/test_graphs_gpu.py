@@ -1,4 +1,4 @@
-"""Captured evaluations on a CUDA device: the losses of ordinary ones, the same bits in whatever order, along held directions."""
+"""Captured evaluations on a CUDA device: the losses of ordinary ones, the same bits in whatever order, held directions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def test_held_terms_have_the_bits_of_terms():
     weights = [torch.randn(300, 64, device="cuda").to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     rows = torch.tensor([299, 0, 7, 7], device="cuda")
     for distribution in ("rademacher", "gaussian"):
-        for address, scale in [(noise.Address(2**64 - 3, 2**32 - 7, 2**31, 5, noise.PROBE), 0.3), (noise.Address(4, 2**32 - 7, 1, 0, 0), -2e-3)]:
+        for address, scale in [
+            (noise.Address(2**64 - 3, 2**32 - 7, 2**31, 5, noise.PROBE), 0.3),
+            (noise.Address(4, 2**32 - 7, 1, 0, 0), -2e-3),
+        ]:
             record.put(address, scale)
             for w in weights:
                 a, b = torch.empty_like(w), torch.empty_like(w)

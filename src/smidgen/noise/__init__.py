@@ -174,15 +174,16 @@ def all_(
         return
     for out, weight in zip(outs, weights, strict=True):
         _fit(out, weight)
-    device, held = outs[0].device, isinstance(term, Held)
+    device = outs[0].device
+    held = term if isinstance(term, Held) else None
+    z, scale = (_NOWHERE, 0.0) if isinstance(term, Held) else term
     if device.type == "cuda" and backend(device) == "triton":
         many = importlib.import_module("smidgen.noise.cuda_many")
-        z, scale = (_NOWHERE, 0.0) if held else term
-        many.all_(outs, weights, ids, z, scale, distribution, decays, at, _check, term if held else None)
+        many.all_(outs, weights, ids, z, scale, distribution, decays, at, _check, held)
         _changed(outs)
         return
     for i, (out, weight, tensor) in enumerate(zip(outs, weights, ids, strict=True)):
-        mine = replace(term, tensor=tensor) if held else [(replace(term[0], tensor=tensor), term[1])]
+        mine = [(replace(z, tensor=tensor), scale)] if held is None else replace(held, tensor=tensor)
         here = None if at is None else replace(at, tensor=tensor)
         _run(out, weight, None, mine, distribution, 1.0 if decays is None else decays[i], here, 0, None)
 
