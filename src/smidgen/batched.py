@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ log = logging.getLogger("smidgen")
 MEMORY = 1 << 30  # bytes of activations of one forward, above which the probes are split into several; chosen
 CACHED = 1 << 26  # the same on a CPU, where larger forwards leave its caches: a third more time at 1 GiB (docs/decisions.md)
 NARROW = 64  # a matrix whose smaller side is at most this may be displaced by dense noise in a batch; chosen
+_FLOAT32 = 1e-3  # tolerance of a loss of one nat in float32; chosen
 _LIVE = 4  # tensors as wide as the widest layer that are alive at once in a forward without gradient; measured
 
 
@@ -242,6 +244,27 @@ class BatchedEngine(Engine):
                     undo.callback(module.register_forward_hook(leave).remove)
             yield
 
+    def _far_enough(
+        self, few: Batch, probes: Sequence[Probe], base: Tensor, tolerance: float, span: Span
+    ) -> tuple[list[Probe], list[Tensor]]:
+        """The probes so long that one of them changes a loss by 50 tolerances, and their losses one at a time; in 16 bits by
+        100 at most, as far as that is found: further away these losses are chaos, and two ways of rounding differ by nats.
+        """
+        least, most = 50 * tolerance, 100 * tolerance if tolerance > _FLOAT32 else math.inf
+        short, far, longer = 0.0, math.inf, 1.0
+        for _ in range(12):
+            tried: list[Probe] = [[(z, longer * scale) for z, scale in probe] for probe in probes]
+            slow = [found.nll for found in Engine.together(self, few, tried, None, span)]
+            moved = max(float((nll - base).abs().max()) for nll in slow)
+            if least < moved <= most:
+                break
+            if moved <= least:
+                short = longer
+            else:  # not a number, too
+                far = longer
+            longer = math.sqrt(short * far) if short and far < math.inf else longer * (3.0 if short else 1 / 3.0)
+        return tried, slow
+
     def _own_head(self, people: Population, of: Tensor, module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         return PopulationHead(module, self.entry_of, people, of).logits(args[0][0], slice(None))[None].to(out.dtype)
 
@@ -262,11 +285,7 @@ class BatchedEngine(Engine):
             if self._reason is not None:
                 return
             tolerance = _tolerance(self.model)
-            for longer in (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0):  # too long, and 16-bit losses are chaos
-                tried = [[(z, longer * scale) for z, scale in probe] for probe in probes]
-                slow = [found.nll for found in Engine.together(self, few, tried, None, span)]
-                if any(float((nll - base).abs().max()) > 50 * tolerance for nll in slow):
-                    break
+            tried, slow = self._far_enough(few, probes, base, tolerance, span)
             fast = [found.nll for found in self._at_once(few, tried, span)]
             gap = max(float((a - b).abs().max()) for a, b in zip(slow, fast, strict=True))
             if not gap <= tolerance * max(1.0, *(float(nll.abs().max()) for nll in slow)):
@@ -297,7 +316,7 @@ def _put(module: nn.Module, forward: Any) -> None:
 def _tolerance(model: nn.Module) -> float:
     """Largest difference of a loss of one nat that rounding explains, by the coarsest dtype of the weights."""
     dtypes = {p.dtype for p in model.parameters()}
-    return 0.05 if dtypes & {torch.bfloat16, torch.float16} else 1e-3
+    return 0.05 if dtypes & {torch.bfloat16, torch.float16} else _FLOAT32
 
 
 def repeated(batch: Batch, times: int) -> Batch:

@@ -112,8 +112,11 @@ class Graphs:
             direction = InMemory(z.ids, z.distribution, z.support, record)
             direction.put(z, scale)
             seen = [(direction, 1.0)]
-        plain = run(still, seen)  # compiles kernels, makes tables and scratch: nothing of that may happen in a capture
-        output = self.scratch.like("graph", plain)
+        buffers = None
+        while buffers != (now := {slot: buffer.data_ptr() for slot, buffer in self.scratch.buffers.items()}):
+            buffers = now
+            plain = run(still, seen)  # compiles kernels, and makes scratch and tables for it: no capture can do that
+            output = self.scratch.like("graph", plain)
         replay, self._pool = record_graph(lambda: output.copy_(run(still, seen)), self._pool)
         if not self._graphs:
             replay()

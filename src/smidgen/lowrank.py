@@ -74,7 +74,7 @@ class Factored:
         if pair is None:
             self.dense.displaced(name, weight, scale, out, first=first)
             return
-        A, B = pair
+        A, B = (factor.to(out.device) for factor in pair)
         rows = weight.reshape(-1, B.shape[0])
         target = out.view(-1, B.shape[0])
         step = max(1, _BLOCK // B.shape[0])
@@ -88,7 +88,7 @@ class Factored:
         if pair is None:
             self.dense.displaced_rows(name, weight, rows, scale, out)
             return
-        A, B = pair
+        A, B = (factor.to(out.device) for factor in pair)
         out.copy_(torch.addmm(weight[rows].float(), A[rows], B.T, alpha=scale))
 
     def accumulate(self, name: str, rows: slice, out32: Tensor, scale: float) -> None:
@@ -96,7 +96,7 @@ class Factored:
         if pair is None:
             self.dense.accumulate(name, rows, out32, scale)
             return
-        A, B = pair
+        A, B = (factor.to(out32.device) for factor in pair)  # a master in host memory, or a layer on another device
         out32.view(-1, B.shape[0]).addmm_(A[rows], B.T, alpha=scale)
 
 

@@ -114,7 +114,7 @@ class LazyOptimizer(ValueOptimizer):
         tensor = self.view[name].tensor
         state = self.state[tensor]
         if key not in state:
-            state[key] = torch.zeros(self.held_shape(name), device=tensor.device)
+            state[key] = torch.zeros(self.held_shape(name), device=self.device)  # where factors are drawn
         return state[key]
 
     def held_shape(self, name: str) -> tuple[int, int]:
