@@ -172,13 +172,14 @@ class Reuse:
 
     @contextlib.contextmanager
     def skipping(self, start: int, state: Tensor | None) -> Iterator[None]:
-        """Layers below `start` pass their input on; the last of them returns `state`."""
+        """Layers below `start` pass their input on; in the next forward the last of them returns `state`, and lets go of it."""
         assert self._layers is not None
-        saved = []
+        saved, waiting = [], [state]
+        del state  # copies of the rows are as large as the largest tensor of a layer: nobody but the next layer holds them
         try:
             for i, layer in enumerate(self._layers[:start]):
                 saved.append((layer, layer.__dict__.get("forward")))
-                stub = functools.partial(_pass, state if i == start - 1 else None, self._widths[i])
+                stub = functools.partial(_pass, waiting if i == start - 1 else [], self._widths[i])
                 layer.forward = stub  # type: ignore[method-assign]
             yield
             self.skipped += start
@@ -281,9 +282,9 @@ def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) and output else output
 
 
-def _pass(state: Tensor | None, width: int, *args: Any, **kwargs: Any) -> Any:
-    """A layer that is not run: returns `state`, or its input, in the form of its output."""
-    hidden = state if state is not None else args[0] if args else kwargs["hidden_states"]
+def _pass(state: list[Tensor | None], width: int, *args: Any, **kwargs: Any) -> Any:
+    """A layer that is not run: returns the state that is left to it, or its input, in the form of its output."""
+    hidden = state.pop() if state else args[0] if args else kwargs["hidden_states"]
     return (hidden, *[None] * (width - 1)) if width else hidden
 
 
