@@ -6,6 +6,7 @@ there is a CUDA device, which does not survive a fork, processes are spawned ins
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -60,6 +61,7 @@ def rehearse(threads: int, cases: Cases = _REHEARSED) -> None:
             finetune(config, say=lambda line: None)
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else libraries complain about what is left at the end, a page long
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
