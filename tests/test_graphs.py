@@ -60,6 +60,11 @@ def engines(family, dtype=torch.float32):
     return kind, model, view, ours, plain
 
 
+def step_losses(engine, rows, probe):
+    """Those of one probe in a step."""
+    return engine.together(rows, [probe])[0]
+
+
 def direction(view, **changed):
     return Dense(**{"seed": 2**63 + 5, "step": 3, "query": 1, "ids": view.ids, **changed})
 
@@ -75,7 +80,7 @@ def test_replays_have_the_bits_of_ordinary_evaluations(family, dtype, recorder):
             (),
             *([(direction(view, step=s, seed=2**64 - 1 - s), scale)] for s in (1, 2**32 - 1) for scale in (0.1, -0.2)),
         ]:
-            a, b = ours.losses(rows, probe), plain.losses(rows, probe)
+            a, b = step_losses(ours, rows, probe), step_losses(plain, rows, probe)
             assert torch.equal(a.nll, b.nll) and torch.equal(a.rows, b.rows) and a.size == b.size
     assert (ours.forwards, ours.tokens) == (plain.forwards, plain.tokens)
     assert ours.graphs.reason is None
@@ -89,20 +94,20 @@ def test_each_shape_has_a_graph_of_its_own_and_old_ones_go(recorder, monkeypatch
     probe = [(direction(view), 0.1)]
     for rows in (2, 3, 4, 2):
         data = batch(kind, rows=rows)
-        assert torch.equal(ours.losses(data, probe).nll, plain.losses(data, probe).nll)
+        assert torch.equal(step_losses(ours, data, probe).nll, step_losses(plain, data, probe).nll)
     assert recorder.captures == 4
-    ours.losses(batch(kind, rows=4), probe)
+    step_losses(ours, batch(kind, rows=4), probe)
     assert recorder.captures == 4
 
 
 def test_weights_elsewhere_are_captured_again(recorder):
     kind, model, view, ours, _ = engines("opt-tied")
     data, probe = batch(kind), [(direction(view), 0.1)]
-    before = ours.losses(data, probe).nll
+    before = step_losses(ours, data, probe).nll
     with torch.no_grad():
         for p in model.parameters():
             p.data = p.data * 1.5
-    after = ours.losses(data, probe).nll
+    after = step_losses(ours, data, probe).nll
     assert recorder.captures == 2 and not torch.equal(before, after)
 
 
@@ -117,18 +122,33 @@ def test_sums_are_run_and_other_directions_are_captured_apart(kind_of, recorder)
     }[kind_of]
     data = batch(kind)
     for probe in probes:
-        assert torch.equal(ours.losses(data, probe).nll, plain.losses(data, probe).nll)
+        assert torch.equal(step_losses(ours, data, probe).nll, step_losses(plain, data, probe).nll)
     assert recorder.captures == (0 if kind_of == "two" else 2)
+
+
+def test_what_is_compared_comes_from_the_same_kernels(recorder):
+    """A sum beside theta: neither is replayed. Outside a step nothing is."""
+    kind, _, view, ours, plain = engines("opt-tied")
+    data, z, other = batch(kind), direction(view), direction(view, step=9)
+    probes = [(), [(z, 0.1), (other, 0.1)]]
+    assert all(
+        torch.equal(a.nll, b.nll) for a, b in zip(ours.together(data, probes), plain.together(data, probes), strict=True)
+    )
+    ours.losses(data)
+    ours.losses(data, [(z, 0.1)])
+    assert recorder.captures == 0
+    ours.together(data, [(), [(z, 0.1)]])
+    assert recorder.captures == 2
 
 
 def test_a_hook_that_looks_at_the_model_sees_every_evaluation(recorder):
     kind, model, view, ours, _ = engines("opt-tied")
     data, probe, seen = batch(kind), [(direction(view), 0.1)], []
-    ours.losses(data, probe)
+    step_losses(ours, data, probe)
     handle = model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
-    ours.losses(data, probe)
+    step_losses(ours, data, probe)
     handle.remove()
-    ours.losses(data, probe)
+    step_losses(ours, data, probe)
     assert len(seen) == 1 and recorder.captures == 1
 
 
@@ -140,7 +160,7 @@ def test_what_cannot_be_captured_is_run_and_said_once(recorder, monkeypatch, cap
     kind, _, view, ours, plain = engines("opt-tied")
     data, probe = batch(kind), [(direction(view), 0.1)]
     for _ in range(2):
-        assert torch.equal(ours.losses(data, probe).nll, plain.losses(data, probe).nll)
+        assert torch.equal(step_losses(ours, data, probe).nll, step_losses(plain, data, probe).nll)
     assert [r.message for r in caplog.records if "captured" in r.message] == [
         "evaluations are not captured as CUDA graphs: CUDA error: operation not permitted when stream is capturing"
     ]
@@ -150,7 +170,7 @@ def test_a_replay_that_gives_something_else_is_not_trusted(recorder, monkeypatch
     monkeypatch.setattr(graphs, "record_graph", lambda run, pool: (lambda: None, pool))  # a replay that does nothing
     kind, _, view, ours, plain = engines("opt-tied")
     data, probe = batch(kind), [(direction(view), 0.1)]
-    assert torch.equal(ours.losses(data, probe).nll, plain.losses(data, probe).nll)
+    assert torch.equal(step_losses(ours, data, probe).nll, step_losses(plain, data, probe).nll)
     assert "differs from an evaluation" in caplog.text
 
 

@@ -8,10 +8,10 @@ all dense directions of one distribution and support. The output head is applied
 Whether an evaluation is replayed depends on the shapes of its batch and its probe, never on what ran before, since a resumed
 run must get the same bits: within a capture transformers makes attention masks explicit, so that another kernel may run.
 
-Run without a graph: sums of directions, masked directions, a model on several devices, one with hooks or replaced forwards
-that were not there at the self-check, and, which one line says, one whose forward cannot be captured because it waits for the
-device. The first graph is compared with an ordinary evaluation. Memory: the activations of a forward, kept for all graphs
-together, and each graph's inputs.
+Run without a graph: evaluations outside a step; sums of directions and masked ones, with what is compared with them; a model on
+several devices; one with hooks or replaced forwards that were not there at the self-check; and, which one line says, one whose
+forward cannot be captured because it waits for the device. The first graph is compared with an ordinary evaluation. Memory:
+the activations of a forward, kept for all graphs together, and each graph's inputs.
 
 Measured on an H200, OPT-1.3B's shape in bfloat16, 16 x 64 tokens: a step of zo_sgd takes 27 ms with graphs, 91 without, of
 which the device works 20; two plain forwards, 23 (docs/decisions.md).
@@ -70,9 +70,9 @@ class Graphs:
     def output(self, inputs: Inputs, probe: Probe, run: Run) -> Tensor | None:
         """What `run(inputs, probe)` returns, valid until the next call; None where it has to be run in the ordinary way.
 
-        `run` is a forward of the model at theta + probe that reads nothing but its arguments and the weights.
+        `run` is a forward at theta + probe, a replayable one, that reads nothing but its arguments and the weights.
         """
-        if self.reason is not None or not _single(probe) or attached(self.model) != self.known:
+        if self.reason is not None or attached(self.model) != self.known:
             return None
         state = self._pointers()
         if state != self._state:
@@ -165,7 +165,7 @@ def attached(model: nn.Module) -> set[Any]:
     return found
 
 
-def _single(probe: Probe) -> bool:
+def replayable(probe: Probe) -> bool:
     """Whether a probe is theta itself or one dense direction."""
     return not probe or (len(probe) == 1 and type(probe[0][0]) is Dense)
 

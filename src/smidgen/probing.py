@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from smidgen.directions import Direction, Probe
 from smidgen.forward_mode import Tangent, differentiated, plain_kernels_notice, slopes
-from smidgen.graphs import DEVICES, CannotReplayError, Graphs, attached
+from smidgen.graphs import DEVICES, CannotReplayError, Graphs, attached, replayable
 from smidgen.kinds import Kind
 from smidgen.linear import fast, layers
 from smidgen.lookup import Displaced, Lens, LensedHead, LookedUp
@@ -172,25 +172,31 @@ class Engine(Trunk):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch, probe: Probe = (), held: Held | None = None) -> Losses:
+    def losses(self, batch: Batch, probe: Probe = (), held: Held | None = None, *, replay: bool = False) -> Losses:
         """Loss of each label of one micro-batch at theta + probe. No gradient, evaluation mode, theta untouched.
 
         Cost: one forward; memory of a forward without gradient, without the logits of unlabelled positions. With `held`,
-        the micro-batch's hidden states at theta, layers below the probe are not run again; see `smidgen.reuse`.
+        the micro-batch's hidden states at theta, layers below the probe are not run again; see `smidgen.reuse`. replay: whether
+        a CUDA graph may do it.
         """
         self._check_once(batch)
+        run = functools.partial(self._evaluate, batch, probe, replay)
         if held is None or not self.reuse.every:
-            return self._evaluate(batch, probe)
+            return run()
         self._locate(batch)
-        run = functools.partial(self._evaluate, batch, probe)
         return self.reuse.evaluate(held, probe, run, functools.partial(self._uncounted, run))
 
     def together(
         self, batch: Batch, probes: Sequence[Probe], held: Held | None = None, span: Span | None = None
     ) -> list[Losses]:
         """`losses` of several probes. Where examples have directions of their own, `span` says which examples of the step
-        these are; each is then evaluated alone, together counted as one forward a probe."""
-        return [self._apart(batch, probe, span) if varies([probe]) else self.losses(batch, probe, held) for probe in probes]
+        these are; each is then evaluated alone, together counted as one forward a probe. All are replayed from CUDA graphs, or
+        none: what is compared must come from the same kernels."""
+        replay = all(map(replayable, probes))
+        return [
+            self._apart(batch, probe, span) if varies([probe]) else self.losses(batch, probe, held, replay=replay)
+            for probe in probes
+        ]
 
     def every(
         self, batches: Sequence[Batch], probes: Sequence[Probe], held: Sequence[Held], spans: Sequence[Span]
@@ -210,9 +216,9 @@ class Engine(Trunk):
             run = functools.partial(self._evaluate, _few(batch), ())
             self.reuse.locate(self.model, self.readers, lambda: self._uncounted(run))
 
-    def _evaluate(self, batch: Batch, probe: Probe) -> Losses:
+    def _evaluate(self, batch: Batch, probe: Probe, replay: bool = False) -> Losses:
         head, output = self._seen_head(Displaced(probe)), None
-        if self.graphs is not None and not self.own_head:
+        if replay and self.graphs is not None and not self.own_head:
             inputs = self._inputs(batch)
             output = self.graphs.output(inputs, probe, self._displaced_output)
             if output is not None:
