@@ -108,14 +108,14 @@ def test_a_model_without_an_ordinary_cache_scores_plainly_and_says_so(harm, monk
     engine, tokenizer, collator = setting("llama-tied")
     candidates = Candidates(EXAMPLES, tokenizer, "causal", 64)
     want = OptionScorer(candidates, collator, 4)(engine)
-    forward = engine._forward
+    run = engine._run
 
     def harmed(batch):
         if "past_key_values" in batch and harm == "raises":
             raise TypeError("unexpected keyword past_key_values")
-        return forward({k: v for k, v in batch.items() if k != "past_key_values"} if batch["input_ids"].shape[1] > 7 else batch)
+        return run({k: v for k, v in batch.items() if k != "past_key_values"} if batch["input_ids"].shape[1] > 7 else batch)
 
-    monkeypatch.setattr(engine, "_forward", harmed)
+    monkeypatch.setattr(engine, "_run", harmed)
     scorer = OptionScorer(candidates, collator, 4)
     with caplog.at_level(logging.WARNING, "smidgen"):
         found = scorer(engine)
