@@ -179,5 +179,5 @@ def test_a_model_that_keeps_its_own_head_is_run(recorder):
     data = batch(kind)
     ours.check_batch(data)
     ours.own_head = True
-    ours.losses(data, [(direction(view), 0.1)])
+    step_losses(ours, data, [(direction(view), 0.1)])
     assert recorder.captures == 0

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,8 +61,8 @@ class Graphs:
         self.reason: str | None = None  # why nothing is captured (any more)
         if len({p.device for p in model.parameters()}) > 1:
             self.reason = "the model is on several devices"
-        self.known = attached(model)  # hooks that are part of it
         self._modules = list(model.modules())
+        self.known = attached(self._modules)  # hooks that are part of it
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
         self._state: tuple[int, ...] = ()
         self._pool: Any = None
@@ -72,7 +72,7 @@ class Graphs:
 
         `run` is a forward at theta + probe, a replayable one, that reads nothing but its arguments and the weights.
         """
-        if self.reason is not None or attached(self.model) != self.known:
+        if self.reason is not None or attached(self._modules) != self.known:
             return None
         state = self._pointers()
         if state != self._state:
@@ -155,10 +155,10 @@ def _tables() -> list[Tensor]:
     return cuda_many.tables()
 
 
-def attached(model: nn.Module) -> set[Any]:
-    """Hooks and replaced forwards of a model's modules."""
+def attached(modules: Iterable[nn.Module]) -> set[Any]:
+    """Hooks and replaced forwards of modules."""
     found: set[Any] = set()
-    for module in model.modules():
+    for module in modules:
         if module._forward_hooks or module._forward_pre_hooks:
             found |= {(id(module), key) for key in (*module._forward_hooks, *module._forward_pre_hooks)}
         if "forward" in module.__dict__:

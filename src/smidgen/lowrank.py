@@ -69,12 +69,17 @@ class Factored:
         """(A, B) with z[name] = A @ B.T, or None where z[name] is dense noise."""
         return (self.left(name), self.right(name)) if self.has_factors(name) else None
 
-    def displaced(self, name: str, weight: Tensor, scale: float, out: Tensor, *, first: int = 0) -> None:
+    def _factors_on(self, device: torch.device, name: str) -> Pair | None:
+        """`factors` where they are needed: a master may lie in host memory, a layer on another device."""
         pair = self.factors(name)
+        return None if pair is None else (pair[0].to(device), pair[1].to(device))
+
+    def displaced(self, name: str, weight: Tensor, scale: float, out: Tensor, *, first: int = 0) -> None:
+        pair = self._factors_on(out.device, name)
         if pair is None:
             self.dense.displaced(name, weight, scale, out, first=first)
             return
-        A, B = (factor.to(out.device) for factor in pair)
+        A, B = pair
         rows = weight.reshape(-1, B.shape[0])
         target = out.view(-1, B.shape[0])
         step = max(1, _BLOCK // B.shape[0])
@@ -84,19 +89,19 @@ class Factored:
             target[lo : lo + step] = torch.addmm(part.float(), a, B.T, alpha=scale)
 
     def displaced_rows(self, name: str, weight: Tensor, rows: Tensor, scale: float, out: Tensor) -> None:
-        pair = self.factors(name)
+        pair = self._factors_on(out.device, name)
         if pair is None:
             self.dense.displaced_rows(name, weight, rows, scale, out)
             return
-        A, B = (factor.to(out.device) for factor in pair)
+        A, B = pair
         out.copy_(torch.addmm(weight[rows].float(), A[rows], B.T, alpha=scale))
 
     def accumulate(self, name: str, rows: slice, out32: Tensor, scale: float) -> None:
-        pair = self.factors(name)
+        pair = self._factors_on(out32.device, name)
         if pair is None:
             self.dense.accumulate(name, rows, out32, scale)
             return
-        A, B = (factor.to(out32.device) for factor in pair)  # a master in host memory, or a layer on another device
+        A, B = pair
         out32.view(-1, B.shape[0]).addmm_(A[rows], B.T, alpha=scale)
 
 

@@ -317,7 +317,7 @@ class Engine(Trunk):
 
     def check(self, run: Callable[[], Any]) -> None:
         """Find the module that reads each tuned tensor by calling `run`, one evaluation; see `smidgen.readers`."""
-        counts, before = (self.forwards, self.tokens), attached(self.model)
+        counts, before = (self.forwards, self.tokens), attached(self.model.modules())
         with torch.no_grad(), evaluation_mode(self.model):
             self.readers.locate(run)
             if self._whole_layers and _on(AT_ONCE, self.view):
@@ -325,7 +325,7 @@ class Engine(Trunk):
                 self._groups = of_layers(self.readers, layers, run)
         self.forwards, self.tokens = counts
         if self.graphs is not None:
-            self.graphs.known |= attached(self.model) - before  # which transformers attaches at its first forward
+            self.graphs.known |= attached(self.model.modules()) - before  # which transformers attaches at its first forward
 
     def prepare(self, batch: Batch) -> None:
         """The self-check on a batch as for `losses`, unless one was made: what `call` needs before its first probe."""

@@ -13,7 +13,6 @@ Element numbers are 64-bit. With TRITON_INTERPRET=1 the kernel runs on CPU tenso
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -271,16 +270,6 @@ def _kernel(
     put(target + index, value, inside, first, r0, r1, r_tensor, r_step, r_use, OUT_KIND, STOCHASTIC, BLOCK)
 
 
-def signed(words: Sequence[int]) -> list[int]:
-    """32-bit words as int32, the type that Triton gives to small numbers."""
-    return [word - (word >> 31 << 32) for word in words]
-
-
-def bits(scale: float) -> int:
-    """The pattern of a float32 as int32."""
-    return struct.unpack("<i", struct.pack("<f", scale))[0]
-
-
 def apply_(
     out: Tensor,
     weight: Tensor,
@@ -312,7 +301,7 @@ def apply_(
         first = Address(0, held.tensor, 0, 0, 0)  # the rest of it is read
     table = out if held is None else held.record
     if len(terms) > 1:
-        records = [[*signed(address.words), bits(s)] for address, s in terms[1:]]
+        records = [philox.record(*term) for term in terms[1:]]
         table = torch.tensor(records, dtype=torch.int32).to(out.device, non_blocking=True)
     pieces = triton.cdiv(count + 127, BLOCK)
     with torch.cuda.device_of(out):
@@ -327,13 +316,13 @@ def apply_(
             start,
             float(decay),
             float(scale),
-            *signed(first.words if first else (0,) * 5),
-            *signed(at.words if at else (0,) * 5),
+            *philox.signed(first.words if first else (0,) * 5),
+            *philox.signed(at.words if at else (0,) * 5),
             max(0, len(terms) - 1),
             keep if isinstance(keep, Tensor) else out,
-            *signed([drawn.threshold if drawn else 0]),
+            *philox.signed([drawn.threshold if drawn else 0]),
             drawn.digits if drawn else 0,
-            *signed(drawn.address.words if drawn else (0,) * 5),
+            *philox.signed(drawn.address.words if drawn else (0,) * 5),
             OUT_KIND=KINDS[out.dtype],
             WEIGHT_KIND=KINDS[weight.dtype],
             GAUSSIAN=distribution == "gaussian",

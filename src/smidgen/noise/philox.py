@@ -42,6 +42,7 @@ slower than the compiled kernels (measured on two cores). Works on any device th
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -111,11 +112,26 @@ class Address:
 Term = tuple[Address, float]
 
 
+def signed(words: Sequence[int]) -> list[int]:
+    """32-bit words as int32, the type that Triton gives to small numbers."""
+    return [word - (word >> 31 << 32) for word in words]
+
+
+def float_bits(scale: float) -> int:
+    """The pattern of a float32 as int32."""
+    return struct.unpack("<i", struct.pack("<f", scale))[0]  # type: ignore[no-any-return]
+
+
+def record(address: Address, scale: float) -> list[int]:
+    """A term as six int32: the words of its address, the pattern of its scale."""
+    return [*signed(address.words), float_bits(scale)]
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """One term whose address, but for the tensor, and whose scale stand in memory, where a captured CUDA graph reads them.
 
-    record: int32 [6] on the device of the weights: the words of an address and the pattern of the float32 scale.
+    record: int32 [6] on the device of the weights; see `record`.
     """
 
     record: Tensor
@@ -123,9 +139,7 @@ class Held:
 
     def put(self, address: Address, scale: float) -> None:
         """Change what the record says, in the order of the device's work."""
-        bits = int(torch.tensor(scale, dtype=torch.float32).view(torch.int32))
-        words = [word - (word >> 31 << 32) for word in address.words]
-        self.record.copy_(torch.tensor([*words, bits], dtype=torch.int32), non_blocking=True)
+        self.record.copy_(torch.tensor(record(address, scale), dtype=torch.int32), non_blocking=True)
 
     def term(self) -> Term:
         """The term as numbers: waits for the device."""
