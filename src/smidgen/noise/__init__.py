@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from smidgen.noise import philox
+from smidgen.noise.address import Address, Held, Term
 from smidgen.noise.philox import (
     DATA,
     INIT,
@@ -44,12 +45,9 @@ from smidgen.noise.philox import (
     ROUND,
     SUBSPACE,
     VERSION,
-    Address,
     Distribution,
     Drawn,
-    Held,
     Keep,
-    Term,
     check_range,
     kept,
     pack,

@@ -27,6 +27,7 @@ from numba import cfunc, float32, int64, njit, types
 from torch import Tensor
 
 from smidgen.noise import lanes, philox
+from smidgen.noise.address import Address, Term
 from smidgen.noise.lanes import (
     F32,
     F64,
@@ -73,10 +74,8 @@ from smidgen.noise.philox import (
     SIN,
     SQRT_HALF_BITS,
     TWO_LN2,
-    Address,
     Drawn,
     Keep,
-    Term,
 )
 
 log = logging.getLogger("smidgen")

@@ -7,7 +7,7 @@ the same on every device and in Triton's interpreter. Multiplications and additi
 off) and the square root is the IEEE one, so normals have the bits of the definition too.
 
 The first term's address is passed by value; further terms are read from a small table that is copied to the device, a held
-one (`philox.Held`) from its record.
+one (`noise.Held`) from its record.
 Element numbers are 64-bit. With TRITON_INTERPRET=1 the kernel runs on CPU tensors, for tests.
 """
 
@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smidgen.noise import philox
-from smidgen.noise.philox import Address, Drawn, Held, Keep, Term
+from smidgen.noise import address, philox
+from smidgen.noise.address import Address, Held, Term
+from smidgen.noise.philox import Drawn, Keep
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -178,7 +179,7 @@ def put(
 
 @triton.jit
 def held(record):
-    """Key, step, use and scale of a held term; see philox.Held."""
+    """Key, step, use and scale of a held term; see noise.Held."""
     scale = tl.load(record + 5).to(tl.float32, bitcast=True)
     return tl.load(record), tl.load(record + 1), tl.load(record + 3), tl.load(record + 4), scale
 
@@ -301,7 +302,7 @@ def apply_(
         first = Address(0, held.tensor, 0, 0, 0)  # the rest of it is read
     table = out if held is None else held.record
     if len(terms) > 1:
-        records = [philox.record(*term) for term in terms[1:]]
+        records = [address.record(*term) for term in terms[1:]]
         table = torch.tensor(records, dtype=torch.int32).to(out.device, non_blocking=True)
     pieces = triton.cdiv(count + 127, BLOCK)
     with torch.cuda.device_of(out):
@@ -316,13 +317,13 @@ def apply_(
             start,
             float(decay),
             float(scale),
-            *philox.signed(first.words if first else (0,) * 5),
-            *philox.signed(at.words if at else (0,) * 5),
+            *address.signed(first.words if first else (0,) * 5),
+            *address.signed(at.words if at else (0,) * 5),
             max(0, len(terms) - 1),
             keep if isinstance(keep, Tensor) else out,
-            *philox.signed([drawn.threshold if drawn else 0]),
+            *address.signed([drawn.threshold if drawn else 0]),
             drawn.digits if drawn else 0,
-            *philox.signed(drawn.address.words if drawn else (0,) * 5),
+            *address.signed(drawn.address.words if drawn else (0,) * 5),
             OUT_KIND=KINDS[out.dtype],
             WEIGHT_KIND=KINDS[weight.dtype],
             GAUSSIAN=distribution == "gaussian",

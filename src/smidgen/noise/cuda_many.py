@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from smidgen.noise import cuda, philox
+from smidgen.noise.address import Address, Held, float_bits, signed
 from smidgen.noise.cuda import held, noise, put, widen
-from smidgen.noise.philox import Address, Held
 
 RECORD = 6  # numbers of a tensor in the table
 PLANS = 1024  # tables kept
@@ -135,8 +135,8 @@ def all_(
         decay = 1.0 if decays is None else decays[i]
         mine = None if term is None else replace(term, tensor=ids[i])
         cuda.apply_(outs[i], weights[i], None, [(replace(z, tensor=ids[i]), scale)], distribution, decay, here, 0, None, mine)
-    k0, k1, _, step, use = philox.signed(z.words)
-    r0, r1, _, r_step, r_use = philox.signed(at.words if at else (0,) * 5)
+    k0, k1, _, step, use = signed(z.words)
+    r0, r1, _, r_step, r_use = signed(at.words if at else (0,) * 5)
     with torch.cuda.device_of(outs[0]):
         for plan in shared:
             _many[(plan.programs,)](
@@ -179,7 +179,7 @@ def _plan(
     for (out_kind, weight_kind), members in groups.items():
         records, programs = [], 0
         for i in members:
-            decay, count = philox.float_bits(1.0 if decays is None else decays[i]), outs[i].numel()
+            decay, count = float_bits(1.0 if decays is None else decays[i]), outs[i].numel()
             records.append((programs, outs[i].data_ptr(), weights[i].data_ptr(), count, decay, ids[i]))
             programs += triton.cdiv(count, cuda.BLOCK)
         table = torch.tensor(records, dtype=torch.int64).to(outs[0].device)
