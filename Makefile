@@ -46,7 +46,7 @@ help:
 	@echo "make setup   environment in $(VENV), pinned by constraints.txt (done once)"
 	echo "make demo    offline tour of the embedded model"
 	echo "make test    default tests; make test ARGS='-k noise -x' passes options on"
-	echo "make check   lint, format, types, generated docs"
+	echo "make check   lint, house rules, format, types, generated docs"
 	echo "make bench   every benchmark that runs on a CPU, one record each in results/bench"
 	echo "make gpu     tests and benchmarks that need a GPU, records in $(OUT)"
 	echo "make docs    write the generated pages of docs/ again"
@@ -69,6 +69,7 @@ test: $(READY)
 
 check: $(READY)
 	@$(PY) -m ruff check .
+	$(PY) -m pytest -q -n 0 tests/test_project.py tests/test_layers.py
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) scripts/docs.py --check
