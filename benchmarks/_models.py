@@ -102,12 +102,12 @@ class Stepper:
 
     def __init__(self, model: nn.Module, method: str = "zo_sgd", **options: Any):
         from smidgen import optim
+        from smidgen.batched import BatchedEngine
         from smidgen.params import ParamView
-        from smidgen.probing import Engine
 
         module = optim.get(method)
         self.view = ParamView.of_model(model)
-        self.engine = Engine(model, self.view, "causal")
+        self.engine = BatchedEngine(model, self.view, "causal")
         self.optimizer = module.build(self.view, module.Config(**{"lr": LR, **options}))
 
     def __call__(self, data: dict[str, Tensor]) -> None:

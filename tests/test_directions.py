@@ -7,6 +7,7 @@ import torch
 
 from smidgen import noise
 from smidgen.directions import Dense, Masked, OnePass, displace, displace_rows
+from smidgen.lowrank import LowRank, matrices
 from smidgen.params import ParamView
 
 SHAPES = [(37, 61), (7,), (2, 1, 3), (), (130, 128)]
@@ -145,3 +146,20 @@ def test_a_sum_of_directions_is_displaced_in_one_pass_with_the_bits_of_term_by_t
     assert torch.equal(bits(part), bits(out[7:])) and torch.equal(bits(looked_up), bits(out[rows]))
     displace([], "0", weight, out)
     assert torch.equal(bits(out), bits(weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_sum_with_factors_are_those_of_the_whole_and_factors_are_made_once(dtype, monkeypatch):
+    view = ParamView.of_tensors(tensors(dtype))
+    weight, rows = view["0"].storage, torch.tensor([5, 0, 5, 36])
+    Z = [LowRank(5, 3, query, view.ids, matrices(view), 2, 0) for query in range(2)]
+    probe = [(Z[0], 0.01), (Dense(5, 3, 7, view.ids), 0.02), (Z[1], -0.03)]
+    whole, looked_up = torch.empty_like(weight), torch.empty_like(weight[rows])
+    displace(probe, "0", weight, whole)
+    made = []
+    original = LowRank.left
+    monkeypatch.setattr(LowRank, "left", lambda z, name: made.append(name) or original(z, name))
+    displace_rows(probe, "0", weight, rows, looked_up)
+    assert made == ["0", "0"]
+    close = torch.finfo(dtype).eps * whole.abs().max().item()
+    assert torch.allclose(looked_up.double(), whole[rows].double(), rtol=0, atol=max(close, 1e-6))

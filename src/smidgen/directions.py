@@ -215,7 +215,7 @@ def displace_all(probe: Probe, names: Sequence[str], weights: Sequence[Tensor], 
 def displace_rows(probe: Probe, name: str, weight: Tensor, rows: Tensor, out: Tensor) -> None:
     """out[i] <- weight[rows[i]] + sum(scale * z[name][rows[i]]); weight [V, D], rows int64 [n], out [n, D].
 
-    A sum of directions that `OnePass` does not take is made row by row, some 20 us each.
+    Of a sum of directions that `OnePass` does not take, those without factors are added row by row, some 20 us each.
     """
     terms = restrict(probe, name)
     if len(terms) == 1:
@@ -227,7 +227,12 @@ def displace_rows(probe: Probe, name: str, weight: Tensor, rows: Tensor, out: Te
         noise.displace_rows_(out, weight, rows, whole.terms, whole.distribution, keep=whole.keep)
         return
     value32 = weight[rows].float()
-    for i, row in enumerate(rows.tolist()):
-        for z, s in terms:
+    for z, s in terms:
+        pair = z.factors(name)
+        if pair is not None:
+            A, B = (factor.to(out.device) for factor in pair)
+            value32.addmm_(A[rows], B.T, alpha=s)
+            continue
+        for i, row in enumerate(rows.tolist()):
             z.accumulate(name, slice(row, row + 1), value32[i : i + 1], s)
     out.copy_(value32)
