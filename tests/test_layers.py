@@ -20,7 +20,7 @@ LAYERS = [
     "config_file",
     "noise tasks folder signals presets auto shelves near",
     "pictures",
-    "memory blank stored quantising environment directions modes kinds linear rows chat convex formats",
+    "memory blank stored forwards quantising environment directions modes kinds linear rows chat convex formats",
     "pretraining",
     "addend quantised placed",
     "params splits streaming drafts",

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.directions import Probe, restrict
+from smidgen.forwards import replaced
 from smidgen.kinds import Kind
 from smidgen.last_layer import at_labels, narrow
 from smidgen.loss import NOT_INPUTS, Losses, choice_index, criterion_loss, grouped, targets
@@ -227,13 +228,11 @@ class BatchedEngine(Engine):
                 if module is self.head and of is not None:  # it is given the hidden states of labels, not of rows
                     undo.callback(module.register_forward_hook(functools.partial(self._own_head, people, of)).remove)
                 elif in_pieces(module, people, tensors):
-                    undo.callback(_put, module, module.__dict__.get("forward"))
-                    module.forward = functools.partial(piecewise, module, people, tensors)  # type: ignore[method-assign,arg-type]
+                    undo.enter_context(replaced([(module, functools.partial(piecewise, module, people, tensors))]))  # type: ignore[arg-type]
                 elif linear_like(module):
                     undo.callback(module.register_forward_hook(functools.partial(after_linear, people, tensors)).remove)
                 elif isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
-                    undo.callback(module.__dict__.pop, "forward", None)
-                    module.forward = functools.partial(layer_norm, module, people, tensors)  # type: ignore[method-assign]
+                    undo.enter_context(replaced([(module, functools.partial(layer_norm, module, people, tensors))]))
                 else:
                     if isinstance(module, nn.Embedding):
                         enter, leave = around_embedding(module, people, tensors["weight"], rows)
@@ -303,14 +302,6 @@ class BatchedEngine(Engine):
             self.forwards, self.tokens = counts
             if self._reason is not None:
                 log.warning("probes are evaluated one at a time: %s", self._reason)
-
-
-def _put(module: nn.Module, forward: Any) -> None:
-    """Give a module its own forward back, or that of its class."""
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward  # type: ignore[method-assign]
 
 
 def _tolerance(model: nn.Module) -> float:

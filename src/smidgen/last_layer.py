@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapt._attention import attentions
+from smidgen.forwards import replaced
 from smidgen.population import linear_like
 
 SHARE = 4  # at least so many positions for each label; chosen
@@ -53,20 +54,12 @@ def _outermost(module: nn.Module, whole: set[int]) -> Iterator[nn.Module]:
 @contextlib.contextmanager
 def at_labels(modules: Sequence[nn.Module], keep: Tensor | None) -> Iterator[None]:
     """Inside this context the modules see the positions in keep [B, T], where these are at most one in `SHARE`; else all."""
-    saved: list[tuple[nn.Module, Any]] = []
-    try:
-        if modules and keep is not None and SHARE * int(keep.sum()) <= keep.numel():
-            places = keep.nonzero(as_tuple=True)
-            for module in modules:
-                saved.append((module, module.__dict__.get("forward")))
-                module.forward = functools.partial(_forward, module.forward, keep.shape, places)  # type: ignore[method-assign]
+    if not modules or keep is None or SHARE * int(keep.sum()) > keep.numel():
         yield
-    finally:
-        for module, forward in saved:
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = forward
+        return
+    places = keep.nonzero(as_tuple=True)
+    with replaced((module, functools.partial(_forward, module.forward, keep.shape, places)) for module in modules):
+        yield
 
 
 def _forward(forward: Callable[..., Any], shape: torch.Size, places: tuple[Tensor, ...], *args: Any, **given: Any) -> Any:

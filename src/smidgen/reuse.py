@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.directions import Probe
+from smidgen.forwards import replaced
 from smidgen.loss import Losses
 from smidgen.params import ParamView
 from smidgen.readers import Reader
@@ -174,21 +175,12 @@ class Reuse:
     def skipping(self, start: int, state: Tensor | None) -> Iterator[None]:
         """Layers below `start` pass their input on; in the next forward the last of them returns `state`, and lets go of it."""
         assert self._layers is not None
-        saved, waiting = [], [state]
+        waiting = [state]
         del state  # copies of the rows are as large as the largest tensor of a layer: nobody but the next layer holds them
-        try:
-            for i, layer in enumerate(self._layers[:start]):
-                saved.append((layer, layer.__dict__.get("forward")))
-                stub = functools.partial(_pass, waiting if i == start - 1 else [], self._widths[i])
-                layer.forward = stub  # type: ignore[method-assign]
+        hands_on = [functools.partial(_pass, waiting if i == start - 1 else [], self._widths[i]) for i in range(start)]
+        with replaced(zip(self._layers, hands_on, strict=False)):
             yield
             self.skipped += start
-        finally:
-            for layer, forward in saved:
-                if forward is None:
-                    del layer.__dict__["forward"]
-                else:
-                    layer.forward = forward
 
     @contextlib.contextmanager
     def _keeping(self, held: Held, depths: Iterable[int]) -> Iterator[None]:
