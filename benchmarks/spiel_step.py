@@ -1,11 +1,14 @@
 """A training step of SpIEL against peft's LoRA, SHIRA and SUPERTUNING with the same number of tuned weights: a random Llama
 of 110 million weights in float32 on a CPU, batch 4 x 128, every linear layer of the blocks adapted.
 
-All sides compute the model's own loss and its gradient; peft's are stepped by torch's AdamW, SpIEL by sparse_adamw (AG; with
-8-bit moments as well) or sm3 (MA). `q...` sides stand on nf4 weights of bitsandbytes. lora and qlora have peft's defaults, no
-dropout; lora_dropout has the published baseline's, 0.1. Sides alternate within one process; a ratio is the median of the
-rounds' ratios. Between selections AG computes its own entries alone; `spiel_ag_cycle_over_lora` is the mean over a whole cycle
-of reselection, phase and selection included.
+All sides but spiel_run and lora_run compute the model's own loss and its gradient; peft's are stepped by torch's AdamW, SpIEL
+by sparse_adamw (AG; with 8-bit moments as well) or sm3 (MA). `q...` sides stand on nf4 weights of bitsandbytes. lora and
+qlora have peft's defaults, no dropout; lora_dropout has the published baseline's, 0.1. spiel_run and lora_run, our LoRA, are
+steps as `smidgen train` makes them: the loss in blocks of logits that are made again in the backward, products through
+oneDNN. Sides alternate within one process; a ratio is the median of the rounds' ratios. Between selections AG computes its
+own entries alone; `spiel_ag_cycle_over_lora` is the mean over a whole cycle of reselection, phase and selection included.
+
+--keep FILE keeps peaks: those that it holds are not measured again.
 
 Peak: resident memory over the loaded base, adapter and state included, over six steps, for AG its first phase and selection;
 each side in a process of its own that has made steps on a tiny model first, and under one fixed threshold of glibc's above
@@ -44,11 +47,12 @@ SPIEL: dict[str, tuple[str, str, dict[str, Any]]] = {  # growth, method, its opt
     "spiel_ag": ("ag", "sparse_adamw", {}),
     "spiel_8bit": ("ag", "sparse_adamw", {"state": "8bit"}),
     "spiel_ma": ("ma", "sm3", {}),
+    "spiel_run": ("ag", "sparse_adamw", {}),
     "qspiel_ag": ("ag", "sparse_adamw", {}),
     "qspiel_8bit": ("ag", "sparse_adamw", {"state": "8bit"}),
     "qspiel_ma": ("ma", "sm3", {}),
 }
-SIDES = (*PEFT, *SPIEL)
+SIDES = (*PEFT, "lora_run", *SPIEL)
 SEVEN = ("lora", "spiel_ag", "qlora", "qspiel_ag")  # of the 7B-shaped model
 ROWS = {"small": (2, 16), "cpu": (4, 128), "cuda": (8, 512), "7b": (1, 2048)}
 RANK, EVERY, COLLECT = 8, 20, 5  # LoRA's usual rank; the published cycle
@@ -64,6 +68,7 @@ GOALS = {
 }
 
 Step = Callable[[], Any]
+Loss = Callable[[], Tensor]
 
 
 WIDTHS: dict[str, dict[str, int]] = {
@@ -95,8 +100,8 @@ def llama(side: str, args: argparse.Namespace) -> nn.Module:
     return model.to(kind).requires_grad_(False)
 
 
-def peft_step(side: str, model: nn.Module, data: dict[str, Tensor], rank: int) -> tuple[Step, nn.Module]:
-    """A step of one of peft's adapters, and its model; the budget is LoRA's."""
+def peft_step(side: str, model: nn.Module, data: dict[str, Tensor], rank: int) -> tuple[Step, Loss]:
+    """A step of one of peft's adapters, and its loss; the budget is LoRA's."""
     import peft
 
     layers = [m for n, m in model.named_modules() if n.rpartition(".")[2] in NAMES]
@@ -111,15 +116,18 @@ def peft_step(side: str, model: nn.Module, data: dict[str, Tensor], rank: int) -
     wrapped = peft.get_peft_model(model, config).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
 
+    def loss() -> Tensor:
+        return wrapped(**data, use_cache=False).loss  # type: ignore[no-any-return]
+
     def step() -> None:
-        wrapped(**data, use_cache=False).loss.backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, wrapped
+    return step, loss
 
 
-def spiel_step(side: str, model: nn.Module, data: dict[str, Tensor], rank: int, selects: bool) -> tuple[Step, nn.Module]:
+def spiel_step(side: str, model: nn.Module, data: dict[str, Tensor], rank: int, selects: bool) -> tuple[Step, Loss]:
     """A step of SpIEL; `selects`: with its phases and selections, otherwise as between them."""
     from smidgen import adapt, optim
 
@@ -130,21 +138,44 @@ def spiel_step(side: str, model: nn.Module, data: dict[str, Tensor], rank: int, 
     optimizer = module.build(adapted.view, module.Config(lr=1e-4, **options))
     if selects:
         adapted.begin(optimizer)
+    objective, loss = as_in_a_run(adapted, data)
+    if side != "spiel_run":
+        objective = loss = lambda: model(**data, use_cache=False).loss
 
     def step() -> None:
-        optimizer.step(lambda: model(**data, use_cache=False).loss)
+        optimizer.step(objective)
         if selects:
             adapted.after_step(optimizer, 1000)
 
-    return step, model
+    return step, loss
 
 
-def step_of(
-    side: str, args: argparse.Namespace, selects: bool = False, model: nn.Module | None = None
-) -> tuple[Step, nn.Module]:
+def lora_run(model: nn.Module, data: dict[str, Tensor], rank: int) -> tuple[Step, Loss]:
+    """A step of our LoRA."""
+    from smidgen import adapt, optim
+
+    scheme, module = adapt.get("lora"), optim.get("adamw")
+    adapted = scheme.build(model.train(), scheme.Config(rank=rank, target_modules=NAMES))
+    optimizer = module.build(adapted.view, module.Config(lr=1e-4))
+    objective, loss = as_in_a_run(adapted, data)
+    return (lambda: optimizer.step(objective)), loss
+
+
+def as_in_a_run(adapted: Any, data: dict[str, Tensor]) -> tuple[Any, Loss]:
+    """The objective that `smidgen train` steps on, and its loss."""
+    from smidgen.batched import BatchedEngine
+    from smidgen.objective import ModelObjective
+
+    engine = BatchedEngine(adapted.model, adapted.view, "causal")
+    return ModelObjective(engine, [data]), lambda: engine.differentiable(data).nll.mean()
+
+
+def step_of(side: str, args: argparse.Namespace, selects: bool = False, model: nn.Module | None = None) -> tuple[Step, Loss]:
     """A side on a model of its own, or the given one."""
     model = llama(side, args) if model is None else model
     data, rank = data_of(model, args), 1 if args.shape == "small" else RANK
+    if side == "lora_run":
+        return lora_run(model, data, rank)
     if side in PEFT:
         return peft_step(side, model, data, rank)
     return spiel_step(side, model, data, rank, selects)
@@ -183,6 +214,8 @@ def times(args: argparse.Namespace) -> dict[str, float]:
         "spiel_ag_over_lora": over("spiel_ag", "lora"),
         "spiel_ma_over_lora": over("spiel_ma", "lora"),
         "spiel_ag_cycle_over_lora": mean / statistics.median(found["lora"]),
+        "spiel_run_over_lora": over("spiel_run", "lora"),
+        "spiel_run_over_lora_run": over("spiel_run", "lora_run"),
         "spiel_over_shira": over("spiel_ag", "shira"),
         "spiel_over_supertuning": over("spiel_ag", "supertuning"),
     }
@@ -204,20 +237,20 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, float]:
     for _ in range(COLLECT + 1):  # what is imported and compiled on first use is no side's memory
         first()
     base = llama(side, args)
-    kept: list[nn.Module] = []
+    kept: list[Loss] = []
 
     def several() -> None:
-        step, model = step_of(side, args, selects=True, model=base)
-        kept.append(model)
+        step, loss = step_of(side, args, selects=True, model=base)
+        kept.append(loss)
         for _ in range(COLLECT + 1):  # through a phase and its selection
             step()
 
     high, before = peak_over(several)
-    return {"peak": (high - before) / 2**20, "saved": saved(kept[0], data_of(base, args)) / 2**20}
+    return {"peak": (high - before) / 2**20, "saved": saved(kept[0], base) / 2**20}
 
 
-def saved(model: nn.Module, data: dict[str, Tensor]) -> int:
-    """Bytes that a forward keeps for its backward, parameters left out."""
+def saved(loss: Loss, model: nn.Module) -> int:
+    """Bytes that a forward keeps for its backward, the model's parameters left out."""
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     held: dict[int, int] = {}
 
@@ -228,8 +261,8 @@ def saved(model: nn.Module, data: dict[str, Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**data, use_cache=False).loss
-    assert loss.requires_grad
+        value = loss()
+    assert value.requires_grad
     return sum(held.values())
 
 
@@ -248,25 +281,32 @@ def apart(args: argparse.Namespace, *more: str) -> dict[str, float]:
 
 def peaks(args: argparse.Namespace) -> dict[str, float]:
     """Peak over the loaded base of each side, and its ratios."""
-    found: dict[str, dict[str, float]] = {}
-    for side in SIDES if args.device == "cpu" else [side for side in SIDES if not side.startswith("q")]:
-        found[side] = apart(args, "--peak", side)
-        print(f"{side}: peak over the base {found[side]['peak']:.0f} MiB", flush=True)
+    found: dict[str, float] = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
+    sides = SIDES if args.device == "cpu" else [side for side in SIDES if not side.startswith("q")]
+    for side in sides:
+        if f"{side}_peak_mib" in found:
+            continue
+        found |= {f"{side}_{part}_mib": value for part, value in apart(args, "--peak", side).items()}
+        print(f"{side}: peak over the base {found[f'{side}_peak_mib']:.0f} MiB", flush=True)
+        if args.keep:
+            args.keep.write_text(json.dumps(found))
 
     def over(side: str, other: str) -> float:
-        return found[side]["peak"] / max(found[other]["peak"], 1e-9)
+        return found[f"{side}_peak_mib"] / max(found[f"{other}_peak_mib"], 1e-9)
 
     ratios = {
         "spiel_peak_over_lora": over("spiel_ag", "lora"),
         "spiel_8bit_peak_over_lora": over("spiel_8bit", "lora"),
         "spiel_ma_peak_over_lora": over("spiel_ma", "lora"),
+        "spiel_run_peak_over_lora": over("spiel_run", "lora"),
+        "spiel_run_peak_over_lora_run": over("spiel_run", "lora_run"),
         "spiel_peak_over_lora_dropout": over("spiel_ag", "lora_dropout"),
         "spiel_peak_over_shira": over("spiel_ag", "shira"),
         "spiel_peak_over_supertuning": over("spiel_ag", "supertuning"),
     }
-    if "qlora" in found:
+    if "qlora" in sides:
         ratios["qspiel_peak_over_qlora"] = over("qspiel_ag", "qlora")
-    return ratios | {f"{side}_{part}_mib": value for side, parts in found.items() for part, value in parts.items()}
+    return ratios | found
 
 
 def main() -> None:
@@ -275,6 +315,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layers", type=int, help="fewer make a quicker, cruder comparison")
+    parser.add_argument("--keep", type=Path, help="file that keeps peaks")
     parser.add_argument("--small", action="store_true", help="a tiny model: whether it runs")
     parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--seven", choices=SEVEN, help=argparse.SUPPRESS)

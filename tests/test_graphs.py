@@ -3,13 +3,20 @@ and when nothing is captured. On a GPU: tests/gpu/test_graphs_gpu.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from families import batch, make
+from smidgen import batched as batching
 from smidgen import graphs, noise, probing
+from smidgen.batched import BatchedEngine
 from smidgen.directions import Dense
+from smidgen.gathered import Gathered
+from smidgen.lowrank import Accumulated, LowRank, matrices
 from smidgen.params import ParamView
+from smidgen.population import Population
 from smidgen.probing import Engine
 
 
@@ -47,6 +54,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(graphs, "record_graph", found)
     monkeypatch.setattr(noise, "all_", found.all_)
     monkeypatch.setattr(probing, "DEVICES", ("cpu",))
+    monkeypatch.setattr(batching, "DEVICES", ("cpu",))
     monkeypatch.setattr(probing, "AT_ONCE", ("cpu",))
     return found
 
@@ -181,3 +189,87 @@ def test_a_model_that_keeps_its_own_head_is_run(recorder):
     ours.own_head = True
     step_losses(ours, data, [(direction(view), 0.1)])
     assert recorder.captures == 0
+
+
+# -- populations -----------------------------------------------------------------------------------------------------------
+
+
+def crowd(view, step, queries=2, offset=None, rank=2):
+    """Mirrored low-rank probes around what has accumulated, as lozo and es ask for them."""
+    shapes = matrices(view)
+    subspace = LowRank(7, 0, 0, view.ids, shapes, rank, 0, torch.device("cpu"))
+    Z = [LowRank(7, step, i, view.ids, shapes, rank, 0, torch.device("cpu")) for i in range(queries)]
+    base = [(Accumulated(offset, subspace), 1.0)] if offset else []
+    return [[*base, (z, scale)] for z in Z for scale in (0.1, -0.1)]
+
+
+def batched(family, monkeypatch, dtype=torch.float32):
+    """Engines that evaluate probes together: captured, drawn at once without graphs, and as on a CPU."""
+    kind, model = make(family, dtype)
+    view = ParamView.of_model(model)
+    ours, gathered = (BatchedEngine(model, view, kind, memory=1 << 30) for _ in range(2))
+    gathered.graphs = None
+    plain = BatchedEngine(model, view, kind, memory=1 << 30)
+    plain.graphs = None
+    monkeypatch.setattr(plain, "_population", Population)
+    return kind, view, ours, gathered, plain
+
+
+FAMILIES = ["opt-tied", "llama-untied", "roberta-masked", "bert-classification", "gpt2", "qwen3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_population_is_replayed_with_the_bits_of_one_that_is_run(family, dtype, recorder, monkeypatch):
+    kind, view, ours, gathered, plain = batched(family, monkeypatch, dtype)
+    made = torch.Generator().manual_seed(0)
+    held = {n: torch.randn(m, min(2, m, k), generator=made) / 50 for n, (m, k) in matrices(view).items()}
+    for seed in (0, 1):
+        rows = batch(kind, rows=3, seed=seed)
+        for step, offset in ((0, None), (1, held), (2**32 - 1, held)):
+            probes = crowd(view, step, offset=offset)
+            a, b, c = (engine.together(rows, probes) for engine in (ours, gathered, plain))
+            assert all(torch.equal(x.nll, y.nll) and torch.equal(x.rows, y.rows) for x, y in zip(a, b, strict=True))
+            close = 1e-4 if dtype == torch.float32 else 0.05
+            assert all(torch.allclose(x.nll, y.nll, rtol=0, atol=close) for x, y in zip(b, c, strict=True))
+    assert ours._reason is None and ours.graphs.reason is None
+    assert (ours.forwards, ours.tokens) == (plain.forwards, plain.tokens)
+    assert recorder.captures == 1 and recorder.replays == 2 * 3 + 1
+
+
+def test_a_population_beside_theta_in_another_subspace_and_of_another_size(recorder, monkeypatch):
+    kind, view, ours, gathered, _ = batched("opt-tied", monkeypatch)
+    rows = batch(kind, rows=3)
+    fresh = [[(replace(z, subspace=5), scale)] for probe in crowd(view, 6) for z, scale in probe]
+    for probes in ([(), *crowd(view, 1)], crowd(view, 1), fresh, crowd(view, 1, queries=3)):
+        a, b = ours.together(rows, probes), gathered.together(rows, probes)
+        assert all(torch.equal(x.nll, y.nll) for x, y in zip(a, b, strict=True))
+    assert recorder.captures == 3, "one of each number of probes"
+
+
+def test_a_population_that_is_not_drawn_at_once_is_run(recorder, monkeypatch):
+    """Of two subspaces, and of directions that leave tensors alone."""
+    kind, view, ours, _, plain = batched("opt-tied", monkeypatch)
+    rows, probes = batch(kind, rows=3), crowd(view, 1)
+    two = [[(replace(z, subspace=n), scale) for z, scale in probe] for n, probe in enumerate(probes)]
+    some = frozenset(list(view.entries)[:3])
+    few = [[(replace(z, support=some), scale) for z, scale in probe] for probe in probes]
+    for others in (two, few):
+        a, b = ours.together(rows, others), plain.together(rows, others)
+        assert all(torch.equal(x.nll, y.nll) for x, y in zip(a, b, strict=True))
+    assert recorder.captures == 0
+
+
+def test_factors_drawn_at_once_have_the_bits_of_those_drawn_alone(recorder):
+    view = ParamView.of_model(make("opt-tied")[1])
+    (z, scale), entries = crowd(view, 3, rank=5)[1][0], list(view)
+    people, alone = Gathered(1, z, entries), Population([[(z, scale)]])
+    people.put([[(z, scale)]])
+    for entry in entries:
+        if people.has_factors(entry.name):
+            ours, theirs = people.factors(entry), alone.factors(entry)
+        else:
+            ours, theirs = [people.deltas(entry)], [alone.deltas(entry)]
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), entry.name
+    names = list(z.shapes)
+    assert all(torch.equal(a, z.left(name)) for name, a in zip(names, z.lefts(names), strict=True))

@@ -27,7 +27,7 @@ LAYERS = [
     "data encode collate loss lowrank pixels stream",
     "activations models questions population subspace space",
     "adapt",
-    "lookup readers per_example last_layer",
+    "lookup readers per_example last_layer gathered",
     "forward_mode reuse scratch trunk",
     "offload graphs",
     "probing",

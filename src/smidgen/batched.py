@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from smidgen.directions import Probe, restrict
 from smidgen.forwards import replaced
+from smidgen.gathered import Gathered, gathered_bytes, subspace_of
+from smidgen.graphs import DEVICES
 from smidgen.kinds import Kind
 from smidgen.last_layer import at_labels, narrow
 from smidgen.loss import NOT_INPUTS, Losses, choice_index, criterion_loss, grouped, targets
@@ -44,7 +46,7 @@ from smidgen.population import (
     linear_like,
     piecewise,
 )
-from smidgen.probing import Batch, Engine, _few
+from smidgen.probing import Batch, Engine, _few, _on
 from smidgen.reuse import Held
 
 log = logging.getLogger("smidgen")
@@ -87,6 +89,7 @@ class BatchedEngine(Engine):
         self.group: int | None = None  # probes of one forward at most, whatever memory there is
         self._reason: str | None = None  # why probes are evaluated one at a time
         self._compared = False
+        self._gathered: dict[tuple[int, int], Gathered] = {}  # by probes and rank
         self._narrow: list[nn.Module] = []  # of the last layer, where they were found to give the same at labels alone
 
     def together(
@@ -105,6 +108,18 @@ class BatchedEngine(Engine):
         size = max(1, min(self.memory // self.bytes_of(batch, probes), self.group or len(probes)))
         parts = [probes[lo : lo + size] for lo in range(0, len(probes), size)]
         return [found for part in parts for found in self._reusing(batch, part, held, span)]
+
+    def _population(self, probes: Sequence[Probe]) -> Population:
+        """Some probes; on a device whose launches take longer than small work, drawn at once where they can be."""
+        z = subspace_of(probes) if _on(DEVICES, self.view) else None
+        if z is None:
+            return Population(probes)
+        key = len(probes), z.rank
+        if key not in self._gathered:
+            self._gathered[key] = Gathered(len(probes), z, list(self.view))
+        people = self._gathered[key]
+        people.put(probes)
+        return people
 
     def call_together(
         self, run: Callable[[Batch], Any], batch: Batch, probes: Sequence[Probe], *, longer: float = 1.0
@@ -135,6 +150,8 @@ class BatchedEngine(Engine):
         total = _tokens(batch) * _LIVE * _widest(self.model, self.head) * size
         if self.own_head:
             total += int((batch["labels"] >= 0).sum()) * _vocabulary(self.head) * 4
+        if _on(DEVICES, self.view) and (z := subspace_of(probes)) is not None:
+            total += gathered_bytes(z, self.view)
         dense = [e.tensor.numel() for e in self.view if is_matrix(e.tensor.shape) and not _factored(probes, e)]
         return total + 4 * max(dense, default=0) * (examples_of(batch) if varies(probes) else 1)
 
@@ -144,7 +161,7 @@ class BatchedEngine(Engine):
 
     def _reusing(self, batch: Batch, probes: Sequence[Probe], held: Held | None, span: Span | None) -> list[Losses]:
         """`_at_once`, with the layers below the probes run on one copy of the rows."""
-        run = functools.partial(self._at_once, batch, probes, span)
+        run = functools.partial(self._at_once, batch, probes, span, replay=True)
         if held is None:
             return run()
         self._locate(batch)
@@ -168,7 +185,9 @@ class BatchedEngine(Engine):
         pairs = [(a.nll.nan_to_num(), b.nll.nan_to_num()) for a, b in zip(some, others, strict=True)]
         return max(float((a - b).abs().max()) for a, b in pairs)
 
-    def _at_once(self, batch: Batch, probes: Sequence[Probe], span: Span | None = None) -> list[Losses]:
+    def _at_once(
+        self, batch: Batch, probes: Sequence[Probe], span: Span | None = None, *, replay: bool = False
+    ) -> list[Losses]:
         count, rows = len(probes), batch["labels"].shape[0]
         many = repeated(batch, count)
         apart = varies(probes)
@@ -178,20 +197,39 @@ class BatchedEngine(Engine):
             resolved = _resolved(probes, known(span), examples)
             people = Population([each[n] for each in resolved for n in mine])
         else:
-            people = Population(probes)
+            people = self._population(probes)
+        output = self._replayed(many, people) if replay else None
         labels = None if self.kind == "classification" else targets(many["labels"], self.kind)
         of = labels.rows if apart and labels is not None else None
         keep = None if labels is None else labels.keep
-        with self._evaluating(), self._seen_by(people, count * rows, of), at_labels(self._narrow, keep):
+        seen = self._seen_by(people, count * rows, of) if output is None else contextlib.nullcontext()
+        with self._evaluating(), seen, at_labels(self._narrow, keep):
             if labels is None:
-                nll = criterion_loss(self._forward(many).logits, many["labels"].view(-1), batch)
+                logits = self._forward(many).logits if output is None else output
+                nll = criterion_loss(logits, many["labels"].view(-1), batch)
                 where = torch.arange(rows, device=nll.device)
             else:
-                hidden, logits = self._hidden(many, labels)
+                hidden, logits = self._hidden(many, labels, output)
                 nll = self._population_nll(hidden, logits, labels.tokens, batch, people, of)
                 where = targets(batch["labels"], self.kind).rows
         self.forwards += count - 1  # the call above counted one
         return [grouped(Losses(part, where, rows), batch) for part in nll.view(count, -1)]
+
+    def _replayed(self, many: Batch, people: Population) -> Tensor | None:
+        """What a captured forward of these rows gives, where there is one."""
+        if self.graphs is None or self.own_head or not isinstance(people, Gathered):
+            return None
+        inputs = self._inputs(many)
+        output = self.graphs.output(inputs, people, people, self._population_output)
+        if output is not None:
+            self._count(inputs)
+        return output
+
+    def _population_output(self, inputs: Batch, people: Population) -> Tensor:
+        """What a graph keeps of a population's forward; see `_displaced_output`."""
+        rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
+        with self._evaluating(), self._seen_by(people, rows):
+            return self._uncounted_output(inputs)
 
     def _population_nll(
         self,

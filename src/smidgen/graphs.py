@@ -3,7 +3,8 @@
 A forward of a language model is some hundreds of small kernels. Launching them, and our hooks around every layer, takes the CPU
 longer than a batch of short rows takes the device; a replay takes neither. What is captured is a forward of the model at
 theta + scale * z with the address of z and the scale in the device's memory (`directions.InMemory`), so that one graph serves
-all dense directions of one distribution and support. The output head is applied outside: label positions vary.
+all dense directions of one distribution and support; or of a population whose factors lie in memory that stays
+(`smidgen.gathered`). The output head is applied outside: label positions vary.
 
 Whether an evaluation is replayed depends on the shapes of its batch and its probe, never on what ran before, since a resumed
 run must get the same bits: within a capture transformers makes attention masks explicit, so that another kernel may run.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ KEPT = 64  # graphs of one model; chosen: the shapes of batches that are grouped
 DEVICES = ("cuda",)
 
 Inputs = dict[str, Any]
-Run = Callable[[Inputs, Probe], Tensor]
+Run = Callable[[Inputs, Any], Tensor]
 
 
 class CannotReplayError(Exception):
@@ -48,7 +49,7 @@ class _Graph(NamedTuple):
     replay: Callable[[], Any]
     inputs: Inputs
     output: Tensor
-    direction: InMemory | None
+    seen: Any  # whose memory its kernels read
     tables: list[Tensor]  # that its kernels read
     buffers: dict[Any, Tensor]  # scratch, when it was captured
 
@@ -64,13 +65,35 @@ class Graphs:
         self._modules = list(model.modules())
         self.known = attached(self._modules)  # hooks that are part of it
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+        self._directions: dict[Hashable, InMemory | None] = {}
         self._state: tuple[int, ...] = ()
         self._pool: Any = None
 
-    def output(self, inputs: Inputs, probe: Probe, run: Run) -> Tensor | None:
-        """What `run(inputs, probe)` returns, valid until the next call; None where it has to be run in the ordinary way.
+    def dense(self, inputs: Inputs, probe: Probe, run: Run) -> Tensor | None:
+        """`output` at theta + probe, a replayable one: `run` is given a probe that reads its address and scale from memory."""
+        kind = _kind(probe)
+        if kind not in self._directions:
+            self._directions[kind] = self._in_memory(probe)
+        direction = self._directions[kind]
+        if direction is not None:
+            z, scale = probe[0]
+            assert isinstance(z, Dense)
+            direction.put(z, scale)
+        return self.output(inputs, kind, [(direction, 1.0)] if direction is not None else (), run)
 
-        `run` is a forward at theta + probe, a replayable one, that reads nothing but its arguments and the weights.
+    def _in_memory(self, probe: Probe) -> InMemory | None:
+        if not probe:
+            return None
+        z = probe[0][0]
+        assert isinstance(z, Dense)
+        record = noise.Held(torch.zeros(6, dtype=torch.int32, device=next(self.model.parameters()).device))
+        return InMemory(z.ids, z.distribution, z.support, record)
+
+    def output(self, inputs: Inputs, kind: Hashable, seen: Any, run: Run) -> Tensor | None:
+        """What `run(inputs, seen)` returns, valid until the next call; None where it has to be run in the ordinary way.
+
+        `run` is a forward that reads nothing but its inputs, the weights and memory that stays: that of `seen`, which lives as
+        long as the graph. Forwards of one `kind` with inputs of the same shapes launch the same kernels.
         """
         if self.reason is not None or attached(self._modules) != self.known:
             return None
@@ -78,11 +101,11 @@ class Graphs:
         if state != self._state:
             self._graphs.clear()
             self._state = state
-        key = (_shapes(inputs), _kind(probe))
+        key = (_shapes(inputs), kind)
         graph = self._graphs.get(key)
         if graph is None or any(self.scratch.buffers.get(slot) is not buffer for slot, buffer in graph.buffers.items()):
             try:
-                graph = self._capture(inputs, probe, run)
+                graph = self._capture(inputs, seen, run)
             except (RuntimeError, CannotReplayError) as error:
                 self.reason = str(error).strip().splitlines()[0]
                 log.warning("evaluations are not captured as CUDA graphs: %s", self.reason)
@@ -95,23 +118,11 @@ class Graphs:
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 graph.inputs[name].copy_(value, non_blocking=True)
-        if graph.direction is not None:
-            z, scale = probe[0]
-            assert isinstance(z, Dense)
-            graph.direction.put(z, scale)
         graph.replay()
         return graph.output
 
-    def _capture(self, inputs: Inputs, probe: Probe, run: Run) -> _Graph:
+    def _capture(self, inputs: Inputs, seen: Any, run: Run) -> _Graph:
         still: Inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        direction, seen = None, probe
-        if probe:
-            z, scale = probe[0]
-            assert isinstance(z, Dense)
-            record = noise.Held(torch.zeros(6, dtype=torch.int32, device=next(self.model.parameters()).device))
-            direction = InMemory(z.ids, z.distribution, z.support, record)
-            direction.put(z, scale)
-            seen = [(direction, 1.0)]
         buffers = None
         while buffers != (now := {slot: buffer.data_ptr() for slot, buffer in self.scratch.buffers.items()}):
             buffers = now
@@ -125,7 +136,7 @@ class Graphs:
             allowed = 1e-3 if plain.dtype == torch.float32 else 5e-2  # relative; roundings differ by 1e-6 and 1e-2 at most
             if not gap <= allowed:
                 raise CannotReplayError(f"a replay differs from an evaluation by {gap:.2g}")
-        return _Graph(replay, still, output, direction, _tables(), dict(self.scratch.buffers))
+        return _Graph(replay, still, output, seen, _tables(), dict(self.scratch.buffers))
 
     def _pointers(self) -> tuple[int, ...]:
         """Where the weights lie that captured kernels read."""

@@ -38,6 +38,16 @@ def matrices(view: ParamView) -> dict[str, tuple[int, int]]:
     return {e.name: sides(e.tensor.shape) for e in view if is_matrix(e.tensor.shape)}
 
 
+def side_by_side(shapes: Mapping[str, tuple[int, ...]], device: torch.device | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """(one row of float32 numbers, not set; tensors in it, by name), each at a multiple of 16 bytes as shared launches need."""
+    places, end = {}, 0
+    for name, shape in shapes.items():
+        places[name] = end, math.prod(shape)
+        end += -(-math.prod(shape) // 4) * 4
+    row = torch.empty(end, device=device)
+    return row, {name: row[first : first + size].view(shapes[name]) for name, (first, size) in places.items()}
+
+
 def rank_of(shape: Sequence[int], rank: int) -> int:
     """The rank of a direction in a matrix: what was asked for, or the smaller side."""
     return min(rank, shape[0], math.prod(shape[1:]))
@@ -141,6 +151,27 @@ class LowRank(Factored):
         """V [n, r]."""
         at = noise.Address(self.seed, self.ids[name], self.subspace, 0, noise.SUBSPACE)
         return self._draw(at, self.shapes[name][1], rank_of(self.shapes[name], self.rank), 1.0)
+
+    def lefts(self, names: Sequence[str]) -> list[Tensor]:
+        """`left` of several matrices, with the same bits."""
+        row, found = side_by_side({n: (self.shapes[n][0], rank_of(self.shapes[n], self.rank)) for n in names}, self.device)
+        row.zero_()
+        self.add_lefts_(found)
+        return list(found.values())
+
+    def add_lefts_(self, onto: Mapping[str, Tensor]) -> None:
+        """onto[name] += U / sqrt(r), float32 [m, r] and contiguous, for several matrices: on CUDA a launch for each rank."""
+        at = noise.Address(self.seed, 0, self.step, self.query, noise.PROBE)
+        for rank in sorted({out.shape[1] for out in onto.values()}):
+            self._add(at, rank**-0.5, {name: out for name, out in onto.items() if out.shape[1] == rank})
+
+    def add_rights_(self, onto: Mapping[str, Tensor]) -> None:
+        """onto[name] += V, [n, r], in the same way."""
+        self._add(noise.Address(self.seed, 0, self.subspace, 0, noise.SUBSPACE), 1.0, onto)
+
+    def _add(self, at: noise.Address, scale: float, onto: Mapping[str, Tensor]) -> None:
+        outs = list(onto.values())
+        noise.all_(outs, outs, [self.ids[name] for name in onto], (at, scale), self.distribution)
 
     def _draw(self, at: noise.Address, rows: int, rank: int, scale: float) -> Tensor:
         out = torch.zeros(rows, rank, device=self.device)

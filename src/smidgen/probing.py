@@ -220,18 +220,22 @@ class Engine(Trunk):
         head, output = self._seen_head(Displaced(probe)), None
         if replay and self.graphs is not None and not self.own_head:
             inputs = self._inputs(batch)
-            output = self.graphs.output(inputs, probe, self._displaced_output)
+            output = self.graphs.dense(inputs, probe, self._displaced_output)
             if output is not None:
                 self._count(inputs)
         with self._evaluating(), self.displaced(probe if output is None else (), head=self.own_head):
             return self._losses(batch, head, head_nll, output)
 
     def _displaced_output(self, inputs: Batch, probe: Probe) -> Tensor:
-        """What a graph keeps of a forward: the logits of a classifier, or what the output head is given. Not counted."""
+        """What a graph keeps of a forward at theta + probe."""
         with self._evaluating(), self.displaced(probe, head=False):
-            if self.kind == "classification":
-                return self._run(inputs).logits  # type: ignore[no-any-return]
-            output, _ = self._to_head(inputs, no_positions)
+            return self._uncounted_output(inputs)
+
+    def _uncounted_output(self, inputs: Batch) -> Tensor:
+        """The logits of a classifier, or what the output head is given; of a forward that is not counted."""
+        if self.kind == "classification":
+            return self._run(inputs).logits  # type: ignore[no-any-return]
+        output, _ = self._to_head(inputs, no_positions)
         if output is None:
             raise CannotReplayError("the model computes logits without calling its head")
         return output

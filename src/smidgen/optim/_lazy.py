@@ -122,14 +122,14 @@ class LazyOptimizer(ValueOptimizer):
         shape = self.shapes[name]
         return shape[0], rank_of(shape, self.rank)
 
-    def coordinates(self, z: Factored, name: str) -> Tensor:
-        """What a direction adds to what accumulates, A_t."""
-        return z.left(name)
+    def coordinates(self, z: Factored, names: Sequence[str]) -> list[Tensor]:
+        """What a direction adds to what accumulates in some matrices, A_t."""
+        return z.lefts(names) if type(z) is LowRank else [z.left(name) for name in names]
 
-    def pull_(self, name: str, g: Estimate, scale: float, onto: Tensor) -> None:
-        """onto += scale * (1/q) sum_i c_i A_i."""
-        for z, weight in g.along(scale):
-            onto.add_(self.coordinates(self.shaped(z), name), alpha=weight)  # type: ignore[arg-type]
+    def pull_(self, names: Sequence[str], g: Estimate, scale: float, onto: Sequence[Tensor]) -> None:
+        """onto += scale * (1/q) sum_i c_i A_i, for some matrices."""
+        for z, weight in g.along(scale) if names else ():
+            torch._foreach_add_(list(onto), self.coordinates(self.shaped(z), names), alpha=weight)  # type: ignore[arg-type]
 
     def descend_(self, g: Estimate) -> None:
         """theta <- decay * theta - lr * g_hat, then the refresh if it is due."""
@@ -137,8 +137,7 @@ class LazyOptimizer(ValueOptimizer):
         self.decay_()
         for lr, held, rest in self.groups_of():
             self.view.apply_(g.along(-lr), names=rest, at=self.rounding_address(cfg.seed), rounding=cfg.rounding)
-            for name in held:
-                self.pull_(name, g, -lr, self.left(name))
+            self.pull_(held, g, -lr, [self.left(name) for name in held])
         self.refresh_()
 
     def decay_(self) -> None:

@@ -83,9 +83,9 @@ class ES(LazyOptimizer):
         self.decay_()
         self.steps += 1
         for lr, held, rest in self.groups_of():
-            for name in held:
-                G = torch.zeros_like(self.left(name))
-                self.pull_(name, g, 1.0, G)
+            gradients = [torch.zeros_like(self.left(name)) for name in held]
+            self.pull_(held, g, 1.0, gradients)
+            for name, G in zip(held, gradients, strict=True):
                 self.left(name).add_(self._stepped(name, G), alpha=-lr)
             for name in rest:
                 self._move(name, g, lr)

@@ -55,9 +55,9 @@ class LOZOM(LazyOptimizer):
         self.decay_()
         kept = self.config.momentum if self.begun else 0.0
         for lr, held, rest in self.groups_of():
-            for name in held:
-                M = self.left(name, "momentum").mul_(kept)
-                self.pull_(name, g, 1.0 - kept, M)
+            momenta = [self.left(name, "momentum").mul_(kept) for name in held]
+            self.pull_(held, g, 1.0 - kept, momenta)
+            for name, M in zip(held, momenta, strict=True):
                 self.left(name).add_(M, alpha=-lr)
             for name in rest:
                 self._move(name, g, lr, kept)

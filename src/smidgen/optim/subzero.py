@@ -17,7 +17,7 @@ Raises ConfigError where no tuned tensor is a matrix, or where a rank is asked f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -86,9 +86,9 @@ class SubZero(LazyOptimizer):
         rank = rank_of(self.views[name], self.rank)
         return rank, rank
 
-    def coordinates(self, z: Factored, name: str) -> Tensor:
+    def coordinates(self, z: Factored, names: Sequence[str]) -> list[Tensor]:
         assert isinstance(z, Between)
-        return z.core(name)
+        return [z.core(name) for name in names]
 
     def bases(self) -> Bases:
         """U and V of this subspace, held as state; drawn where they are not there yet."""

@@ -91,11 +91,10 @@ class ZOMuon(LazyOptimizer):
             return g.outcome()
         self.decay_()
         for lr, held, rest in self.groups_of():
-            for name in held:
-                L = self.left(name)
-                G = torch.zeros_like(L)
-                self.pull_(name, g, 1.0, G)
-                L.add_(msign(G), alpha=-lr * self._length(self.shapes[name]))
+            gradients = [torch.zeros_like(self.left(name)) for name in held]
+            self.pull_(held, g, 1.0, gradients)
+            for name, G in zip(held, gradients, strict=True):
+                self.left(name).add_(msign(G), alpha=-lr * self._length(self.shapes[name]))
             for name in rest:
                 self._move(name, g, lr)
         self.refresh_()
