@@ -50,7 +50,7 @@ GOALS = {
     "velora_peak_over_plain": ("<=", 0.35),
     "velora_peak_over_checkpointed": ("<=", 0.65),
 }
-GROUPS, RANK = 32, 8
+GROUPS, RANK, RECOMPUTE = 32, 8, "up"
 TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -121,7 +121,7 @@ def compressed(model: nn.Module, method: str) -> Stepper:
     from smidgen.params import ParamView
 
     policy = activations.get("velora")
-    policy.build(model, policy.Config(groups=GROUPS, recompute="mlp"), view=ParamView.of_model(model))
+    policy.build(model, policy.Config(groups=GROUPS, recompute=RECOMPUTE), view=ParamView.of_model(model))
     return Stepper(model, method)
 
 
@@ -318,7 +318,7 @@ def main() -> None:
             figures[f"{first}_peak_over_{side}"] = figures[f"{first}_peak_mib"] / max(figures[f"{side}_peak_mib"], 1e-9)
     names = {"tiny": "tiny", "full": "llama 110M, random", "gpu": "llama 0.9B, random"}
     setting = {"model": names[shape], "dtype": "bfloat16" if shape == "gpu" else "float32", "rows": rows, "length": length}
-    setting |= {"groups": GROUPS, "recompute": "mlp", "lora_rank": RANK, "embedding": "tied, frozen on all sides"}
+    setting |= {"groups": GROUPS, "recompute": RECOMPUTE, "lora_rank": RANK, "embedding": "tied, frozen on all sides"}
     goals = {key: goal for key, goal in GOALS.items() if key in figures and shape == "full"}
     emit("velora_step", figures, goals, setting | ALLOCATOR)
 

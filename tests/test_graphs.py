@@ -230,7 +230,7 @@ def test_a_population_is_replayed_with_the_bits_of_one_that_is_run(family, dtype
             probes = crowd(view, step, offset=offset)
             a, b, c = (engine.together(rows, probes) for engine in (ours, gathered, plain))
             assert all(torch.equal(x.nll, y.nll) and torch.equal(x.rows, y.rows) for x, y in zip(a, b, strict=True))
-            close = 1e-4 if dtype == torch.float32 else 0.05
+            close = 1e-6 if dtype == torch.float32 else 0.0  # products of views may sum in another order
             assert all(torch.allclose(x.nll, y.nll, rtol=0, atol=close) for x, y in zip(b, c, strict=True))
     assert ours._reason is None and ours.graphs.reason is None
     assert (ours.forwards, ours.tokens) == (plain.forwards, plain.tokens)
@@ -262,9 +262,11 @@ def test_a_population_that_is_not_drawn_at_once_is_run(recorder, monkeypatch):
 
 def test_factors_drawn_at_once_have_the_bits_of_those_drawn_alone(recorder):
     view = ParamView.of_model(make("opt-tied")[1])
-    (z, scale), entries = crowd(view, 3, rank=5)[1][0], list(view)
-    people, alone = Gathered(1, z, entries), Population([[(z, scale)]])
-    people.put([[(z, scale)]])
+    held = {n: torch.full((m, min(5, m, k)), 1 / 3) for n, (m, k) in matrices(view).items()}
+    probes, entries = crowd(view, 3, offset=held, rank=5), list(view)
+    z = probes[0][1][0]
+    people, alone = Gathered(len(probes), z, entries), Population(probes)
+    people.put(probes)
     for entry in entries:
         if people.has_factors(entry.name):
             ours, theirs = people.factors(entry), alone.factors(entry)

@@ -12,11 +12,23 @@ from smidgen import linear
 from test_probing import displaced_copy, engine_of, probe_of
 
 
+@pytest.fixture
+def onednn(monkeypatch):
+    """Products of any size go through oneDNN, on any processor."""
+    monkeypatch.setattr(linear, "SMALLEST", 1)
+    monkeypatch.setattr(linear, "_available", lambda: True)
+
+
+@pytest.mark.parametrize("capability,taken", [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_it_is_taken_where_the_processor_has_avx512(monkeypatch, capability, taken):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert linear._available.__wrapped__() is taken
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (5, 7), (2, 9, 41), (3, 0, 8), (13, 1)])
 @pytest.mark.parametrize("outputs", [1, 6, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_agrees_with_torch(monkeypatch, shape, outputs, dtype):
-    monkeypatch.setattr(linear, "SMALLEST", 1)
+def test_agrees_with_torch(onednn, shape, outputs, dtype):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in (shape, (outputs, shape[-1]), (outputs,)))
     for b in (bias, None):
@@ -30,8 +42,7 @@ def test_agrees_with_torch(monkeypatch, shape, outputs, dtype):
             assert torch.allclose(linear.linear(x, strided, b), want, atol=exact, rtol=exact)
 
 
-def test_gradients_and_autocast_take_torchs_own(monkeypatch):
-    monkeypatch.setattr(linear, "SMALLEST", 1)
+def test_gradients_and_autocast_take_torchs_own(onednn):
     x, weight = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
     linear.linear(x, weight, None).sum().backward()
     assert torch.equal(weight.grad, torch.full((4, 3), 2.0))
@@ -50,8 +61,7 @@ def test_layers_are_put_back_also_after_an_error():
 
 
 @pytest.mark.parametrize("family", ["opt-tied", "llama-untied", "t5-tied", "bert-classification", "mixtral", "gemma2"])
-def test_probes_are_bit_equal_through_onednn_too(monkeypatch, family):
-    monkeypatch.setattr(linear, "SMALLEST", 1)
+def test_probes_are_bit_equal_through_onednn_too(onednn, monkeypatch, family):
     kind, model = make(family)
     data = batch(kind, labels="all")
     engine = engine_of(model, kind)

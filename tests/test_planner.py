@@ -77,7 +77,7 @@ def test_the_saved_bytes_are_those_that_autograd_saves():
     assert found.saved == pytest.approx(sum(kept.values()), rel=0.1)
 
 
-@pytest.mark.parametrize("recompute", ["none", "cheap", "mlp"])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "up", "mlp"])
 def test_a_layers_saved_bytes_under_velora_are_those_of_the_hooks_and_of_the_formula(recompute):
     """What one more layer saves: simulated, counted through saved-tensor hooks, and by the policy's formula, beside which
     attention saves q, k, v, its output, a number a head, and a mask that knows of padding."""

@@ -28,24 +28,23 @@ def subspace_of(probes: Iterable[Probe]) -> LowRank | None:
     """A direction of the one subspace in which all probes move all tensors; None where they do not."""
     found: LowRank | None = None
     whole = False
-    for probe in probes:
-        for z, _ in probe:
-            if type(z) is LowRank and z.support is None:
-                mine, whole = z, True
-            elif type(z) is Accumulated:
-                mine = z.subspace
-            else:
-                return None
-            if found is not None and not _alike(mine, found):
-                return None
-            found = mine
+    for z in {id(z): z for probe in probes for z, _ in probe}.values():
+        if type(z) is LowRank and z.support is None:
+            mine, whole = z, True
+        elif type(z) is Accumulated:
+            mine = z.subspace
+        else:
+            return None
+        if found is not None and not _alike(mine, found):
+            return None
+        found = mine
     return found if whole else None
 
 
 def _alike(a: LowRank, b: LowRank) -> bool:
     """Whether two directions are of one subspace."""
     keys = [(z.seed, z.subspace, z.rank, z.distribution, z.device) for z in (a, b)]
-    return keys[0] == keys[1] and a.shapes == b.shapes and a.ids == b.ids
+    return keys[0] == keys[1] and all(x is y or x == y for x, y in ((a.shapes, b.shapes), (a.ids, b.ids)))
 
 
 def left_shapes(z: LowRank, entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
@@ -92,7 +91,7 @@ class Gathered(Population):
         for direction, places in uses.values():
             self._draw(direction)
             for p, scale in places:
-                self._rows[p].add_(self._row, alpha=scale)
+                self._rows[p].add_(self._row * scale)  # two roundings, as where factors are drawn one by one
 
     def _draw(self, z: Direction) -> None:
         self._row.zero_()

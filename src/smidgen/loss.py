@@ -104,8 +104,12 @@ def _starts(rows: int, size: int, blocks: int | None) -> range:
     return range(0, rows, size)[:blocks]
 
 
-def _log_sums(hidden: Tensor, tokens: Tensor, head: Head, size: int, blocks: int | None) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp of all logits, logit of the token) at each position, from `size` rows of the vocabulary at a time."""
+def _log_sums(
+    hidden: Tensor, tokens: Tensor, head: Head, size: int, blocks: int | None, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp of all logits, logit of the token) at each position, from `size` rows of the vocabulary at a time.
+
+    mean: [n, H] float32 zeros; becomes the mean of the head's rows under each position's softmax."""
     n = hidden.shape[0]
     high = torch.full((n,), -torch.inf, device=hidden.device)
     total = torch.zeros(n, device=hidden.device)
@@ -121,8 +125,13 @@ def _log_sums(hidden: Tensor, tokens: Tensor, head: Head, size: int, blocks: int
             value = logits.gather(1, index.clamp(0, stop - first - 1)[:, None])[:, 0]
             picked[at] = torch.where(inside, value, picked[at])
             top = torch.maximum(high[at], logits.amax(1))
-            total[at] = total[at] * (high[at] - top).exp() + logits.sub_(top[:, None]).exp_().sum(1)
+            fall = (high[at] - top).exp()
+            total[at] = total[at] * fall + logits.sub_(top[:, None]).exp_().sum(1)
             high[at] = top
+            if mean is not None:
+                mean[at].mul_(fall[:, None]).add_(linear(logits.to(weight.dtype), weight.t(), None))
+    if mean is not None:
+        mean.div_(total[:, None])
     return high + total.log(), picked
 
 
@@ -138,14 +147,24 @@ def head_nll_differentiable(hidden: Tensor, tokens: Tensor, head: PlainHead, blo
 class _HeadNLL(Function):
     """head_nll whose backward makes each block of logits z again: dz = g (softmax(z) - onehot(tokens)).
 
-    Saved: the hidden states, a number a position, the weight by reference. Its gradient is the only tensor of its size.
+    Saved: the hidden states, a number a position, the weight by reference. Its gradient is the only tensor of its size. Of a
+    frozen head the forward makes the gradient too, softmax(z) W - W[tokens] but for g, and saves that alone: two products with
+    the head instead of three.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, size: int, blocks: int | None
     ) -> Tensor:
-        total, picked = _log_sums(hidden, tokens, PlainHead(weight, bias), size, blocks)
+        head = PlainHead(weight, bias)
+        _, _, wants_w, wants_b, *_ = ctx.needs_input_grad
+        ctx.ahead, ctx.kind = not wants_w and not wants_b, hidden.dtype
+        if ctx.ahead:
+            slope = torch.zeros_like(hidden, dtype=torch.float32)
+            total, picked = _log_sums(hidden, tokens, head, size, blocks, slope)
+            ctx.save_for_backward(slope.sub_(weight[tokens]))
+            return total - picked
+        total, picked = _log_sums(hidden, tokens, head, size, blocks)
         ctx.save_for_backward(hidden, tokens, weight, bias, total)
         device = hidden.device.type
         ctx.cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -155,6 +174,9 @@ class _HeadNLL(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.ahead:
+            (slope,) = ctx.saved_tensors
+            return (slope * g[:, None]).to(ctx.kind), None, None, None, None, None
         hidden, tokens, weight, bias, total = ctx.saved_tensors
         wants_x, _, wants_w, wants_b, *_ = ctx.needs_input_grad
         dx = torch.zeros_like(hidden, dtype=torch.float32) if wants_x else None

@@ -168,19 +168,21 @@ def norm_again(module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> 
     return y
 
 
-def gated_anew(module: Any, x: Tensor) -> Tensor:
-    """The gated MLP; gate(x) and up(x) are multiplied again in the backward, from x or, where x is the output of a norm
-    that saves its own input, from that: then nothing more is saved."""
+def gated_anew(module: Any, x: Tensor, *, gate: bool = True) -> Tensor:
+    """The gated MLP; up(x), and with `gate` gate(x), are multiplied again in the backward, from x or, where x is the output of
+    a norm that saves its own input, from that: then nothing more is saved, or gate(x) alone."""
     norm, source = getattr(x, "origin", (_itself, x))
 
-    def product(source: Tensor) -> Tensor:
+    def product(source: Tensor, *gates: Tensor) -> Tensor:
         x = norm(source)
-        return module.act_fn(module.gate_proj(x)) * module.up_proj(x)  # type: ignore[no-any-return]
+        return module.act_fn(gates[0] if gates else module.gate_proj(x)) * module.up_proj(x)  # type: ignore[no-any-return]
 
+    kept = () if gate else (module.gate_proj(x),)
+    parts = (module.gate_proj, module.up_proj) if gate else (module.up_proj,)
     read = [*norm.args[0].parameters(recurse=False)] if isinstance(norm, functools.partial) else []
-    weights = [w for w in (*read, *module.gate_proj.parameters(), *module.up_proj.parameters()) if w.requires_grad]
+    weights = [w for w in (*read, *(w for part in parts for w in part.parameters())) if w.requires_grad]
     rows = max(1, _BLOCK // int(module.gate_proj.out_features))
-    return module.down_proj(again(product, (source,), weights, rows))  # type: ignore[no-any-return]
+    return module.down_proj(again(product, (source, *kept), weights, rows))  # type: ignore[no-any-return]
 
 
 def repeatable(part: nn.Module) -> bool:

@@ -21,9 +21,9 @@ vectors and one saved copy.
 
 `recompute: cheap`: RMS norms, `act(gate) * up` of gated MLPs, ReLU and GELUs of several operators, which save copies of the
 same tensors of their own, save their inputs (ReLU: one byte an element) and compute the rest again in the backward: the same
-bits forward, and gradients that are sums of the same terms. Dropout saves nothing: its masks are drawn again. `mlp`: gated
-MLPs of plain linear layers save nothing of gate(x) and up(x) either, and multiply both again, which costs about a sixth of
-the step's multiplications.
+bits forward, and gradients that are sums of the same terms. Dropout saves nothing: its masks are drawn again. `up`: gated MLPs
+of plain linear layers save gate(x) alone and multiply up(x) again; `mlp`: they save neither, and multiply both again, which
+costs about a sixth of the step's multiplications.
 
 With other schemes: the inputs of LoRA's A, of both branches of Hydra and of SSF's scales; of sparse deltas (SpIEL), whose
 gradient is gathered from U (x) v (see `_deltas`). Scheme velora is the same training as an adapter over a frozen base: its
@@ -60,7 +60,9 @@ __all__ = ["FILE", "Config", "VeLoRA", "build", "status"]
 
 status = "experimental"
 
-Recompute = Literal["none", "cheap", "mlp"]
+Recompute = Literal["none", "cheap", "up", "mlp"]
+
+_AGAIN = {"up": ("up_proj",), "mlp": ("gate_proj", "up_proj")}  # of a gated MLP
 
 # The published placements, as Hugging Face models call these layers.
 _VALUE = r"(\.(v_proj|value|v_lin)\b|Attention\.v\b)"
@@ -84,7 +86,8 @@ class Config(BaseModel):
     init: Init = Field("mean", description="vectors: mean of the first batch's sub-tokens, their power iteration, or random")
     per_group: bool = Field(False, description="a vector for each group instead of one for all")
     recompute: Recompute = Field(
-        "cheap", description="computed again in the backward: none, cheap (norms, activations), or mlp (gate and up as well)"
+        "cheap",
+        description="computed again in the backward: none, cheap (norms, activations), up (of gated MLPs, too), mlp (and gate)",
     )
 
     @model_validator(mode="after")
@@ -136,9 +139,10 @@ class VeLoRA:
         module.forward = forward  # type: ignore[method-assign]
         self._patched.append(module)
 
-    def _multiplied_again(self, gate: nn.Module) -> bool:
-        parts = (gate.get_submodule(part) for part in ("gate_proj", "up_proj"))
-        return self.config.recompute == "mlp" and all(map(_recompute.repeatable, parts))
+    def _multiplied_again(self, gate: nn.Module) -> list[nn.Module]:
+        """The layers of a gated MLP whose outputs the backward makes again."""
+        parts = [gate.get_submodule(name) for name in _AGAIN.get(self.config.recompute, ())]
+        return parts if all(map(_recompute.repeatable, parts)) else []
 
     def remove(self) -> None:
         """Take the policy out of the model, with compressed gradients that are still held."""
@@ -180,30 +184,31 @@ class VeLoRA:
     def _gate(self, module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(module, x)
-        if not self._multiplied_again(module) or any(getattr(m, "awaits_vectors", False) for m in module.modules()):
+        parts = self._multiplied_again(module)
+        if not parts or any(getattr(m, "awaits_vectors", False) for m in module.modules()):
             return _recompute.gated_again(module, x)
         for name, reader in () if self._vectors.chosen else self.chosen.items():
-            inside = (m for part in ("gate_proj", "up_proj") for m in module.get_submodule(part).modules())
+            inside = (m for part in parts for m in part.modules())
             if name not in self.projections and any(reader is m for m in inside):
                 self._vectors.of(name, x)  # now, while the mask is known: they run with gradient in the backward only
-        return _recompute.gated_anew(module, x)
+        return _recompute.gated_anew(module, x, gate=len(parts) == 2)
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
     def saved_bytes(self, tokens: int, itemsize: int) -> dict[str, int]:
         """Bytes that one forward of so many tokens saves in the parts that the policy owns, once for each tensor that is
         saved. Layers whose inputs are not known yet (before the first forward) count as sharing nothing."""
-        anew = [g for g in self._gates if self._multiplied_again(g)]
-        made_again = {id(m) for g in anew for part in ("gate_proj", "up_proj") for m in g.get_submodule(part).modules()}
+        again = {g: self._multiplied_again(g) for g in self._gates}
+        made_again = {id(m) for parts in again.values() for part in parts for m in part.modules()}
         kept = {n: m for n, m in self._all().items() if id(m) not in made_again}
         shared = {id(p): p.groups for name in kept if (p := self.projections.get(name)) is not None}
         alone = [self.config.split(width)[0] for name, width in self._places(kept).items() if name not in self.projections]
-        widths = [int(g.get_submodule("gate_proj").out_features) for g in self._gates if g not in anew]  # type: ignore[arg-type]
+        widths = [int(g.get_submodule("gate_proj").out_features) * (2 - len(parts)) for g, parts in again.items()]  # type: ignore[arg-type]
         norms = [next(m.parameters()).numel() for m in self._norms]
         return {
             "projections": tokens * itemsize * (sum(shared.values()) + sum(alone)),
             "norms": tokens * itemsize * sum(norms),
-            "gates": tokens * itemsize * 2 * sum(widths),
+            "gates": tokens * itemsize * sum(widths),
             "activations": tokens * sum(w * (1 if type(m) is nn.ReLU else itemsize) for m, w in self._acts.items()),
         }
 
