@@ -7,8 +7,11 @@ import torch
 
 from families import batch, make
 from smidgen import noise
+from smidgen.batched import BatchedEngine
 from smidgen.directions import Dense
+from smidgen.lowrank import LowRank, matrices
 from smidgen.params import ParamView
+from smidgen.population import Population
 from smidgen.probing import Engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -46,6 +49,31 @@ def test_losses_are_those_of_ordinary_evaluations_and_repeat(family, dtype):
     assert ours.graphs is not None and ours.graphs.reason is None
     for (i, j), nll in reversed(first.items()):  # another history
         assert torch.equal(again.together(data[i], [probes(view)[j]])[0].nll, nll)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("t5")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_populations_are_those_of_ordinary_evaluations_and_repeat(family, dtype, monkeypatch):
+    kind, model = make(family, dtype)
+    view = ParamView.of_model(model.cuda())
+    ours, plain, again = (BatchedEngine(model, view, kind) for _ in range(3))
+    plain.graphs = None
+    monkeypatch.setattr(plain, "_population", Population)
+    shapes, here = matrices(view), torch.device("cuda", torch.cuda.current_device())
+    data = [{k: v.cuda() for k, v in batch(kind, rows=3, seed=seed).items()} for seed in (0, 1)]
+    steps = [
+        [[(z, s)] for z in (LowRank(7, step, i, view.ids, shapes, 2, 0, here) for i in range(2)) for s in (0.05, -0.1)]
+        for step in (1, 2**32 - 1)
+    ]
+    first = {}
+    for i, rows in enumerate(data):
+        for j, probes in enumerate(steps):
+            first[i, j] = torch.stack([found.nll for found in ours.together(rows, probes)])
+            other = torch.stack([found.nll for found in plain.together(rows, probes)])
+            assert torch.allclose(first[i, j], other, atol=1e-4 if dtype == torch.float32 else 5e-2)
+    assert ours._reason is None and ours.graphs is not None and ours.graphs.reason is None and ours.graphs._graphs
+    for (i, j), nll in reversed(first.items()):  # another history
+        assert torch.equal(torch.stack([found.nll for found in again.together(data[i], steps[j])]), nll)
 
 
 def test_held_terms_have_the_bits_of_terms():
