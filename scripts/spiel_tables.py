@@ -118,7 +118,8 @@ def states(cells: Cells, step: dict[str, Any]) -> str:
     return (
         f"\n## Step and memory\n\nA random Llama ({setting['model']}), batch 4 x 128, {setting['threads']} threads, "
         f"{setting['cpu']}; the model's own loss on all sides but those in a run, whose logits come in blocks. Peak: over the "
-        f"loaded base, through a phase and its selection. Held-out loss: {ALPACA}.\n\n{table(head, [*rows, *others])}\n{table(('ratio', 'measured', 'goal', 'met'), ratios)}"
+        f"loaded base, through a phase and its selection. Held-out loss: {ALPACA}.\n\n{table(head, [*rows, *others])}\n"
+        f"{table(('ratio', 'measured', 'goal', 'met'), ratios)}"
     )
 
 
