@@ -6,6 +6,8 @@ velora_peak_over_plain, velora_peak_over_checkpointed    peak over the loaded we
 velora_over_<side>, velora_peak_over_<side>              the same against checkpointing with 8-bit AdamW, and with SinkGD,
                                                          which has no state, updated in the backward pass; and VeLoRA
                                                          with checkpointing itself
+velora_cheap_...                                         recompute: cheap, which keeps gate(x) and up(x) of the MLPs, in place of
+                                                         up, which keeps gate(x)
 same_kernels_over_plain                                  velora_over_plain with torch's matrix products on both sides: our
                                                          layers multiply through oneDNN, and the other sides through MKL
 lora_velora_over_<side>, lora_velora_peak_over_<side>    LoRA + VeLoRA over LoRA with checkpointing and over peft's variant
@@ -118,12 +120,16 @@ def velora_checkpointed(model: nn.Module) -> Stepper:
     return velora(model)
 
 
-def compressed(model: nn.Module, method: str) -> Stepper:
+def velora_cheap(model: nn.Module) -> Stepper:
+    return compressed(model, "velora_adamw", "cheap")
+
+
+def compressed(model: nn.Module, method: str, recompute: str = RECOMPUTE) -> Stepper:
     from smidgen import activations
     from smidgen.params import ParamView
 
     policy = activations.get("velora")
-    policy.build(model, policy.Config(groups=GROUPS, recompute=RECOMPUTE), view=ParamView.of_model(model))
+    policy.build(model, policy.Config(groups=GROUPS, recompute=recompute), view=ParamView.of_model(model))
     return Stepper(model, method)
 
 
@@ -157,13 +163,14 @@ SIDES: dict[str, Callable[[nn.Module], Stepper]] = {
         checkpointed_sinkgd,
         velora,
         velora_checkpointed,
+        velora_cheap,
         lora_checkpointed,
         lora_velora,
         lora_peft_velora,
     )
 }
 PAIRS = {
-    "velora": ("plain", "checkpointed", "checkpointed_8bit", "checkpointed_sinkgd", "velora_checkpointed"),
+    "velora": ("plain", "checkpointed", "checkpointed_8bit", "checkpointed_sinkgd", "velora_checkpointed", "velora_cheap"),
     "lora_velora": ("lora_checkpointed", "lora_peft_velora"),
 }
 
@@ -244,6 +251,9 @@ def times(names: list[str], first: str, shape: str, rows: int, length: int, repe
     for side in steps:
         print(f"{side}: {statistics.median(taken[side]):.2f} s a step", flush=True)
     found = {f"{first}_over_{side}": _ratio(taken[first], taken[side]) for side in names}
+    if "velora_cheap" in names:
+        others = [side for side in ("plain", "checkpointed") if side in names]
+        found |= {f"velora_cheap_over_{side}": _ratio(taken["velora_cheap"], taken[side]) for side in others}
     return found | ({"same_kernels_over_plain": _ratio(taken["same_kernels"], taken["plain"])} if "plain" in names else {})
 
 
@@ -318,6 +328,9 @@ def main() -> None:
         if missing := [side for side in others if f"{first}_over_{side}" not in figures]:
             known(apart("--times", first, "--only", ",".join([first, *missing])))
     for side in USUAL[1:]:
+        if {"velora_cheap_peak_mib", f"{side}_peak_mib"} <= set(figures):
+            ratio = figures["velora_cheap_peak_mib"] / max(figures[f"{side}_peak_mib"], 1e-9)
+            figures[f"velora_cheap_peak_over_{side}"] = ratio
         if {"velora_usual_peak_mib", f"{side}_usual_peak_mib"} <= set(figures):
             ratio = figures["velora_usual_peak_mib"] / max(figures[f"{side}_usual_peak_mib"], 1e-9)
             figures[f"velora_usual_peak_over_{side}"] = ratio
