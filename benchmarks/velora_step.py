@@ -6,8 +6,8 @@ velora_peak_over_plain, velora_peak_over_checkpointed    peak over the loaded we
 velora_over_<side>, velora_peak_over_<side>              the same against checkpointing with 8-bit AdamW, and with SinkGD,
                                                          which has no state, updated in the backward pass; and VeLoRA
                                                          with checkpointing itself
-velora_cheap_...                                         recompute: cheap, which keeps gate(x) and up(x) of the MLPs, in place of
-                                                         up, which keeps gate(x)
+velora_cheap_...                                         recompute: cheap, which keeps gate(x) and up(x) of the MLPs, in
+                                                         place of up, which keeps gate(x)
 same_kernels_over_plain                                  velora_over_plain with torch's matrix products on both sides: our
                                                          layers multiply through oneDNN, and the other sides through MKL
 lora_velora_over_<side>, lora_velora_peak_over_<side>    LoRA + VeLoRA over LoRA with checkpointing and over peft's variant
