@@ -23,6 +23,7 @@ from smidgen.activations import _compressed
 from smidgen.linear import linear
 
 _BLOCK = 1 << 20  # elements of float32 workspace where 16-bit gradients are converted (4 MB); chosen
+_WIDE = 1 << 24  # the same on CUDA, where every block costs launches; chosen
 
 
 class ProjectedLinear(Function):
@@ -53,5 +54,5 @@ def product(g: Tensor, z: Tensor) -> Tensor:
     """g^T Z_p [O, G]; of 16-bit values in float32, since a sum over tokens easily leaves float16's range."""
     if g.element_size() >= 4 and g.dtype == z.dtype:
         return g.t() @ z
-    step, z32 = max(1, _BLOCK // max(1, len(g))), z.float()
+    step, z32 = max(1, (_WIDE if g.device.type == "cuda" else _BLOCK) // max(1, len(g))), z.float()
     return torch.cat([g[:, i : i + step].float().t() @ z32 for i in range(0, g.shape[1], step)])

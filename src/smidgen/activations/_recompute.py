@@ -21,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 1 << 20  # elements of a block of gate(x) in the backward (4 MB in float32): some seven such live at once; chosen
+_WIDE = 1 << 24  # the same on CUDA, where every block costs launches; chosen
 
 
 class _Again(Function):
@@ -181,7 +182,7 @@ def gated_anew(module: Any, x: Tensor, *, gate: bool = True) -> Tensor:
     parts = (module.gate_proj, module.up_proj) if gate else (module.up_proj,)
     read = [*norm.args[0].parameters(recurse=False)] if isinstance(norm, functools.partial) else []
     weights = [w for w in (*read, *(w for part in parts for w in part.parameters())) if w.requires_grad]
-    rows = max(1, _BLOCK // int(module.gate_proj.out_features))
+    rows = max(1, (_WIDE if x.device.type == "cuda" else _BLOCK) // int(module.gate_proj.out_features))
     return module.down_proj(again(product, (source, *kept), weights, rows))  # type: ignore[no-any-return]
 
 
