@@ -255,6 +255,7 @@ def test_products_through_onednn_carry_tangents(monkeypatch):
     from smidgen import linear
 
     monkeypatch.setattr(linear, "SMALLEST", 0)
+    monkeypatch.setattr(linear, "_available", lambda: True)  # on any processor
     generator = torch.Generator().manual_seed(4)
     x, w, b, dx, dw, db = (torch.randn(shape, generator=generator) for shape in ((3, 6), (5, 6), (5,)) * 2)
     for parts in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
