@@ -30,8 +30,10 @@ Line = Callable[[Run, Record, float], str]
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """All records of a folder, by `Run.name`."""
-    return {p.relative_to(folder).with_suffix("").as_posix(): json.loads(p.read_text()) for p in folder.glob("*/*.json")}
+    """All records of a folder, by `Run.name`; without those of runs that ended after their study was killed, which are not
+    complete and are made again."""
+    found = {p.relative_to(folder).with_suffix("").as_posix(): json.loads(p.read_text()) for p in folder.glob("*/*.json")}
+    return {name: record for name, record in found.items() if "budget" in record}
 
 
 def available(grid: Grid, shared: Path, only: Sequence[str]) -> tuple[list[Cell], list[str]]:

@@ -28,6 +28,7 @@ def module(folder: str, name: str) -> ModuleType:
 
 grids = module("benchmarks", "_zo_grid")
 runs = module("benchmarks", "_zo_run")
+study = module("benchmarks", "_study")
 tables = module("scripts", "zo_tables")
 
 PLACE = {
@@ -313,3 +314,12 @@ def test_a_difference_needs_two_errors_over_seeds():
 
 def test_no_records_no_pages(tmp_path):
     assert tables.pages(tmp_path) == {}
+
+
+def test_a_record_that_its_study_has_not_completed_is_not_there(tmp_path):
+    """A run writes its record, the study adds what the grid knows: killed in between, the run is made again."""
+    folder = tmp_path / "place"
+    folder.mkdir()
+    (folder / "whole.json").write_text(json.dumps({"status": "done", "budget": 960.0}))
+    (folder / "torn.json").write_text(json.dumps({"status": "done"}))
+    assert set(study.read_records(tmp_path)) == {"place/whole"}
