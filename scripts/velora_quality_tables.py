@@ -78,7 +78,7 @@ def place_text(cells: Cells, place: str) -> str:
 def step_text(record: Record) -> str:
     """benchmarks/velora_step.py: the step, side by side."""
     f = record["figures"]
-    sides = [key.removesuffix("_peak_mib") for key in f if key.endswith("_peak_mib")]
+    sides = [key.removesuffix("_peak_mib") for key in f if key.endswith("_peak_mib") and not key.endswith("_usual_peak_mib")]
     rows = []
     for side in sides:
         parts = (f"{f[f'{side}_{part}_mib']:.0f}" for part in ("peak", "gradient", "state", "saved"))
