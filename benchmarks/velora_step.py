@@ -9,7 +9,7 @@ velora_over_<side>, velora_peak_over_<side>              the same against checkp
 velora_cheap_...                                         recompute: cheap, which keeps gate(x) and up(x) of the MLPs, in
                                                          place of up, which keeps gate(x)
 same_kernels_over_plain                                  velora_over_plain with torch's matrix products on both sides: our
-                                                         layers multiply through oneDNN, and the other sides through MKL
+                                                         layers multiply through oneDNN where there is AVX512
 lora_velora_over_<side>, lora_velora_peak_over_<side>    LoRA + VeLoRA over LoRA with checkpointing and over peft's variant
 <side>_peak_mib, _gradient_mib, _state_mib, _saved_mib   of two steps; what is held at the end of a backward (of a fused side:
                                                          one tensor's); the optimizer's tensors; what the forward saves for
@@ -17,7 +17,7 @@ lora_velora_over_<side>, lora_velora_peak_over_<side>    LoRA + VeLoRA over LoRA
                                                          logits not included
 weights_mib, logits_mib                                  the loaded weights, which no peak includes; a block of logits
 
-All sides share our chunked cross-entropy (logits of 4M numbers at a time, made again in the backward) and one policy for the
+All sides share our chunked cross-entropy (logits of 4M numbers at a time, and their gradient with them) and one policy for the
 embedding, which is tied to the head: it is frozen. Times are those of runs; peaks, of processes that give tensors of a megabyte
 and more back to the system at once (glibc keeps holes between them, which are no side's need), and `..._usual_peak...` of
 processes that do not. `--device cuda`: width 2048, bfloat16, 8 x 1024.

@@ -6,7 +6,7 @@
               U  = g^T Z_p  [O, G]     M times fewer multiplications than g^T X; dW = U (x) v is never built
 
 U goes beside `.grad` on the weight (see `_compressed`); `.grad` stays None. So `torch.autograd.grad` with respect to W has
-no answer, and only the optimizers of this package know the gradient. Large float32 products on a CPU go through oneDNN
+no answer, and only the optimizers of this package know the gradient. Large float32 products on a CPU may go through oneDNN
 (`smidgen.linear`), as evaluations do: the same sums in another order than torch's. All others have autograd's bits.
 """
 
