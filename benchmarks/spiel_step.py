@@ -4,9 +4,10 @@ of 110 million weights in float32 on a CPU, batch 4 x 128, every linear layer of
 All sides but spiel_run and lora_run compute the model's own loss and its gradient; peft's are stepped by torch's AdamW, SpIEL
 by sparse_adamw (AG; with 8-bit moments as well) or sm3 (MA). `q...` sides stand on nf4 weights of bitsandbytes. lora and
 qlora have peft's defaults, no dropout; lora_dropout has the published baseline's, 0.1. spiel_run and lora_run, our LoRA, are
-steps as `smidgen train` makes them: the loss in blocks of logits, whose gradient is made with them, products
-through `smidgen.linear`. Sides alternate within one process; a ratio is the median of the rounds' ratios. Between selections AG computes its
-own entries alone; `spiel_ag_cycle_over_lora` is the mean over a whole cycle of reselection, phase and selection included.
+steps as `smidgen train` makes them: the loss in blocks of logits, whose gradient is made with them, products through
+`smidgen.linear`. Sides alternate within one process; a ratio is the median of the rounds' ratios. Between selections AG
+computes its own entries alone; `spiel_ag_cycle_over_lora` is the mean over a whole cycle of reselection, phase and selection
+included.
 
 --keep FILE keeps peaks: those that it holds are not measured again.
 
